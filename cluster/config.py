@@ -1,0 +1,60 @@
+"""The part of a recipe that speaks of the cluster, and the base of every config class.
+
+Imports neither ray nor torch: recipe errors must come back at once.
+"""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+"""A name of a run, adapter or alias: safe in a path, a URL and an actor name."""
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, keyword-only, refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Resources(Config):
+    """What one actor or one training worker reserves."""
+
+    cpus: float = Field(default=1.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
+
+
+class ElasticWorkers(Config):
+    """How many workers a role has at the start, and the bounds that `raylign scale` may move it in.
+
+    A plain number in the recipe (`workers: 2`) sets all three.
+    """
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+    start: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: object) -> object:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"min": value, "max": value, "start": value}
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ElasticWorkers":
+        if not self.min <= self.start <= self.max:
+            raise ValueError(f"needs min <= start <= max, not {self.min}, {self.start}, {self.max}")
+        return self
+
+
+class ClusterConfig(Config):
+    """Which Ray cluster to use; without an address the run starts a local one and ends it."""
+
+    address: str | None = None
+    cpus: int | None = Field(default=None, ge=1)
+    """CPUs that a local Ray offers; the machine's by default."""
+    wait_seconds: float = Field(default=120.0, gt=0)
+    """How long an actor may stay unplaced before the run stops with the reason."""

@@ -1,0 +1,79 @@
+"""The part of a recipe that speaks of generation and rewards. Imports neither ray nor torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..cluster.config import Config, ElasticWorkers, Resources
+
+
+class SamplingConfig(Config):
+    """How completions are drawn. The trainer's log-probs are those of this distribution."""
+
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps every token."""
+    max_tokens: int = Field(default=256, ge=1)
+
+
+class RolloutConfig(Config):
+    """The rollout role: which engine, how many workers, how many completions a prompt."""
+
+    engine: Literal["native"] = "native"
+    workers: ElasticWorkers = ElasticWorkers()
+    group_size: int = Field(default=8, ge=2)
+    """Completions per prompt; an advantage compares them with each other."""
+    sampling: SamplingConfig = SamplingConfig()
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    slots: int = Field(default=64, ge=8)
+    """Rows a worker decodes at once (at least 8, so that a row's arithmetic does not depend on its company)."""
+    resources: Resources = Resources()
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long one group may take before its worker counts as lost and the group runs elsewhere."""
+
+
+class RewardBase(Config):
+    """What all rewards share."""
+
+    name: str | None = None
+    """The name in metrics; the type or the function's name by default."""
+    weight: float = 1.0
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    """Per completion; a reward that takes longer counts as an error."""
+
+
+class FunctionReward(RewardBase):
+    """A Python function `f(completion: str, row: dict) -> float`, by file (`rewards.py:exact`) or import path."""
+
+    type: Literal["function"] = "function"
+    path: str
+
+
+class FormatReward(RewardBase):
+    """1.0 when the whole completion matches a regular expression, else 0.0."""
+
+    type: Literal["format"] = "format"
+    pattern: str
+
+
+class MathReward(RewardBase):
+    """1.0 when math-verify finds the completion's answer equal to the row's, else 0.0."""
+
+    type: Literal["math"] = "math"
+    answer: str = "answer"
+    """The column that holds the gold answer."""
+    answer_after: str | None = None
+    """Take what follows the last occurrence of this mark in that column (`####` for GSM8K)."""
+
+
+RewardConfig = Annotated[FunctionReward | FormatReward | MathReward, Field(discriminator="type")]
+
+
+class ScoringConfig(Config):
+    """The reward role: how many scorers, and what a reward that fails means for its group."""
+
+    workers: int = Field(default=1, ge=1)
+    on_error: Literal["fail", "drop", "zero"] = "fail"
+    resources: Resources = Resources(cpus=0.5)

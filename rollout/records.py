@@ -1,0 +1,84 @@
+"""What crosses between controller, rollout, reward and policy: small frozen records of arrays and numbers that pickle.
+
+Shapes: P prompt tokens, T completion tokens.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class SeedKey(NamedTuple):
+    """Where a sample's random numbers come from: never a worker, a slot or an arrival order."""
+
+    run_seed: int
+    step: int
+    prompt: int
+    sample: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; `temperature` 0 is greedy, `top_k` 0 keeps all."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt `[P]` int32 and how many completions to draw from it; the prompt is prefilled once."""
+
+    request_id: str
+    prompt: np.ndarray
+    sampling: Sampling
+    seed: SeedKey
+    n: int = 1
+    adapter: str | None = None
+    """Digest of a loaded adapter, or none for the base model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What one row generated: `tokens` `[T]` int32 (stop token included) and, for each, the log-prob `[T]` float32
+    under the distribution it was sampled from."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One scored completion of a prompt, with the weights that made it."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+    text: str = ""
+    reward: float | None = None
+    reward_parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """One prompt and its G completions: the unit of dispatch, retry and accounting."""
+
+    step: int
+    index: int
+    """Place in the step's batch; batches are put together in this order, never in order of arrival."""
+    prompt: np.ndarray
+    row: dict[str, Any]
+    samples: tuple[Sample, ...] = ()
+    version: int = 0
+    digest: str = ""
+    worker: str = ""
+    seconds: float = 0.0
+    error: str | None = None

@@ -1,0 +1,82 @@
+"""`RunConfig`: a whole recipe, composed of what each folder says of itself. Imports neither ray nor torch."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ..cluster.config import ClusterConfig, Config, Name
+from ..rollout.config import RewardConfig
+from ..serve.config import ServeConfig
+from .stages import DataConfig, StageConfig
+
+
+class ModelConfig(Config):
+    """The model a run starts from."""
+
+    path: str
+    """A Hugging Face folder (relative to the recipe, or `prepared://…`) or a hub id."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture of the folder's config.json with fresh weights from the run's seed."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class PrepareConfig(Config):
+    """A function `f(out: Path, seed: int)` run once, before anything else; what it writes is `prepared://`."""
+
+    path: str
+    """`file.py:function`, relative to the recipe."""
+    options: dict[str, int | float | str | bool] = {}
+
+
+class EvaluationConfig(Config):
+    """Held-out prompts asked through the served models at the end of the run."""
+
+    data: DataConfig
+    rewards: list[RewardConfig] = Field(min_length=1, max_length=1)
+    """What counts as right: one reward, 1.0 for a right answer."""
+    temperatures: list[float] = [0.0, 1.0]
+    max_tokens: int = Field(default=256, ge=1)
+    concurrency: int = Field(default=64, ge=1)
+
+
+class TrackingConfig(Config):
+    """Where metrics go besides the run directory."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "raylign"
+
+
+class RunConfig(Config):
+    """One recipe. Everything that can be known to be wrong without reading a file is refused here."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    storage: str = "runs"
+    """Where run directories and the registry live: a folder, relative to the working directory."""
+    model: ModelConfig
+    prepare: PrepareConfig | None = None
+    stages: list[StageConfig] = Field(min_length=1)
+    evaluation: EvaluationConfig | None = None
+    serve: ServeConfig | None = None
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        names = [stage_name(s) for s in self.stages]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"two stages are called {twice[0]!r}: give one of them a name of its own")
+        if self.evaluation and not self.serve:
+            raise ValueError("evaluation asks the served models: add a serve section with an alias")
+        if self.model.init == "random" and self.stages[0].type != "cpt":
+            raise ValueError("model.init is random: the first stage must be cpt, which trains all weights")
+        paths = [self.model.path, *(s.data.path for s in self.stages)]
+        if not self.prepare and any(p.startswith("prepared://") for p in paths):
+            raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
+        return self
+
+
+def stage_name(stage: StageConfig) -> str:
+    """The name a stage goes by: its own, or its type."""
+    return stage.name or stage.type
