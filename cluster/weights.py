@@ -42,7 +42,7 @@ def tensors_digest(tensors: Tensors) -> str:
 
 
 def adapter_digest(tensors: Tensors, config: dict[str, Any], base: str) -> str:
-    """What identifies an adapter: its tensors, the part of its PEFT config that changes its output, its base's digest."""
+    """What identifies an adapter: its tensors, the PEFT settings that change its output, its base's digest."""
     shape = {key: sorted(v) if isinstance(v := config.get(key), list | set | tuple) else v for key in _CONFIG_KEYS}
     text = json.dumps([tensors_digest(tensors), shape, base], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -137,7 +137,8 @@ class WeightStore:
                 raise RunFailed(f"weight version {weights.version} does not follow {before.version}")
             if changed and weights.digest == before.digest:
                 raise RunFailed(
-                    f"weight version {weights.version} has the digest of version {before.version} after a non-zero update"
+                    f"weight version {weights.version} has the digest of version {before.version} "
+                    "after a non-zero update"
                 )
         self._current = weights
         return weights

@@ -25,7 +25,7 @@ class PrepareConfig(Config):
 
     path: str
     """`file.py:function`, relative to the recipe."""
-    options: dict[str, int | float | str | bool] = {}
+    options: dict[str, int | float | str | bool] = Field(default_factory=dict)
 
 
 class EvaluationConfig(Config):
@@ -34,7 +34,7 @@ class EvaluationConfig(Config):
     data: DataConfig
     rewards: list[RewardConfig] = Field(min_length=1, max_length=1)
     """What counts as right: one reward, 1.0 for a right answer."""
-    temperatures: list[float] = [0.0, 1.0]
+    temperatures: tuple[float, ...] = (0.0, 1.0)
     max_tokens: int = Field(default=256, ge=1)
     concurrency: int = Field(default=64, ge=1)
 

@@ -20,7 +20,7 @@ class DataConfig(Config):
     path: str
     """A JSONL, JSON, Parquet or text file, relative to the recipe; `prepared://…` is what the recipe's script wrote."""
     format: DataFormat = "auto"
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     system: str | None = None
     """A system message put before every conversation that has none."""
     limit: int | None = Field(default=None, ge=1)
@@ -156,10 +156,11 @@ class GrpoStage(StageBase):
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GrpoStage":
-        if self.batch_size % self.rollout.group_size:
+        size = self.rollout.group_size
+        if self.batch_size % size:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of rollout.group_size {self.rollout.group_size}: "
-                f"take {self.batch_size // self.rollout.group_size * self.rollout.group_size or self.rollout.group_size}"
+                f"batch_size {self.batch_size} is not a multiple of rollout.group_size {size}: "
+                f"take {max(1, self.batch_size // size) * size}"
             )
         return self
 
