@@ -3,9 +3,11 @@
 Imports neither ray nor torch: recipe errors must come back at once.
 """
 
-from typing import Annotated
+from difflib import get_close_matches
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -17,6 +19,17 @@ class Config(BaseModel):
     """Base of all configs: frozen, keyword-only, refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, value: Any) -> Any:
+        """Refuse an unknown key with the nearest known one; pydantic alone would not name it."""
+        for key in value if isinstance(value, dict) else ():
+            if key not in cls.model_fields:
+                near = get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(cls.model_fields)}"
+                raise PydanticCustomError("unknown_key", "unknown key '{key}': {hint}", {"key": str(key), "hint": hint})
+        return value
 
 
 class Resources(Config):

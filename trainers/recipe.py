@@ -1,0 +1,169 @@
+"""From a YAML file to a `RunConfig`: every mistake is answered with file, line, value and the mend.
+
+Imports neither ray nor torch.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..cluster.errors import InputError
+from .config import RunConfig
+
+PREPARED = "prepared://"
+
+Place = tuple[str | int, ...]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe, apply `key.path=value` overrides, and make its paths absolute (`prepared://` ones stay).
+
+    Raises `InputError` with the place of the first mistakes.
+    """
+    data, lines = _parse(path)
+    for override in overrides:
+        _override(data, override)
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(e, path, data, lines) for e in error.errors()[:3])) from None
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+def dump_recipe(config: RunConfig) -> str:
+    """The recipe as YAML, defaults that were not touched left out."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise InputError(f"no recipe at {path}" + (f": did you mean {near[0]}?" if near else ""))
+    try:
+        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        lines: dict[Place, int] = {}
+        _note_lines(node, (), lines, path)
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} is not a recipe: it needs keys such as name, model and stages")
+    return data, lines
+
+
+def _note_lines(node: Any, place: Place, lines: dict[Place, int], path: Path) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*place, key.value)
+            if inner in lines:
+                raise InputError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} stands twice: keep one")
+            lines[inner] = key.start_mark.line + 1
+            _note_lines(value, inner, lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*place, i)] = value.start_mark.line + 1
+            _note_lines(value, (*place, i), lines, path)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override!r} needs the form key.path=value, such as stages.0.learning_rate=1e-5")
+    parts = [int(p) if p.isdigit() else p for p in key.split(".")]
+    at: Any = data
+    try:
+        for part in parts[:-1]:
+            at = at.setdefault(part, {}) if isinstance(at, dict) else at[part]
+        at[parts[-1]] = yaml.safe_load(text)
+    except (IndexError, TypeError, AttributeError):
+        raise InputError(f"--set {override!r}: the recipe has nothing at {key}") from None
+    except yaml.YAMLError:
+        raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
+
+
+def _explain(error: Any, path: Path, data: Any, lines: dict[Place, int]) -> str:
+    place = _place_in_data(error["loc"], data)
+    context = error.get("ctx", {})
+    if error["type"] == "unknown_key":
+        place = (*place, context["key"])
+    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), 1)
+    where = ".".join(map(str, place)) or "the recipe"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        message = f"{error['loc'][-1]!r} is missing: add it"
+    elif error["type"].startswith("union_tag"):
+        message = _explain_tag(context)
+    elif error["type"] not in ("unknown_key", "value_error"):
+        message = f"{message}, not {_short(error['input'])}"
+    return f"{path}:{line}: {where}: {message}"
+
+
+def _explain_tag(context: dict[str, Any]) -> str:
+    known = [t.strip("' ") for t in context.get("expected_tags", "").split(",") if t]
+    if "tag" not in context:
+        return "'type' is missing: add it"
+    near = get_close_matches(context["tag"], known, n=1)
+    return f"unknown type {context['tag']!r}: " + (f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}")
+
+
+def _place_in_data(loc: tuple[Any, ...], data: Any) -> Place:
+    """Pydantic's place without the union tags it inserts."""
+    place: list[str | int] = []
+    for part in loc:
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
+    """Paths relative to the recipe made absolute, so that a run can be resumed from anywhere."""
+    data = config.model_dump(exclude_unset=True)
+    data["model"]["path"] = _model_path(config.model.path, root)
+    if config.prepare:
+        data["prepare"]["path"] = _code_path(config.prepare.path, root)
+    sections = [*data["stages"], *([data["evaluation"]] if config.evaluation else [])]
+    for section in sections:
+        section["data"]["path"] = _absolute(section["data"]["path"], root)
+        if (section.get("adapter") or {}).get("path"):
+            section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
+        for reward in section.get("rewards", ()):
+            if reward["type"] == "function":
+                reward["path"] = _code_path(reward["path"], root)
+    return RunConfig.model_validate(data)
+
+
+def _absolute(path: str, root: Path) -> str:
+    return path if path.startswith(PREPARED) else str((root / Path(path).expanduser()).resolve())
+
+
+def _model_path(path: str, root: Path) -> str:
+    """A folder, or a hub id (`org/name`) where no such folder is and the text does not look like a path."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or (root / path).exists()
+    return _absolute(path, root) if looks_local else path
+
+
+def _code_path(path: str, root: Path) -> str:
+    """`file.py:function` made absolute; `package.module:function` left alone."""
+    file, colon, function = path.rpartition(":")
+    return f"{_absolute(file, root)}:{function}" if colon and file.endswith(".py") else path
+
+
+def resolve_prepared(path: str, run: Path) -> Path:
+    """Where a data or model path lies: `prepared://x` is `<run>/prepared/x`."""
+    return run / "prepared" / path.removeprefix(PREPARED) if path.startswith(PREPARED) else Path(path)
