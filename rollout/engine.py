@@ -51,6 +51,10 @@ class Engine(Protocol):
         """Make an adapter (PEFT tensor names, PEFT `adapter_config`) available under its digest."""
         ...
 
+    def load_base(self, tensors: dict[str, np.ndarray]) -> None:
+        """Replace the base model's weights, by the names of its state dict."""
+        ...
+
     def drop_adapter(self, digest: str) -> None:
         """Forget an adapter; refused with `InputError` while a request uses it."""
         ...

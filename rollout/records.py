@@ -80,5 +80,7 @@ class Group:
     version: int = 0
     digest: str = ""
     worker: str = ""
+    start: float = 0.0
+    """When its worker began it, seconds since the epoch."""
     seconds: float = 0.0
     error: str | None = None

@@ -1,0 +1,41 @@
+"""Waiting for actors: every wait has a time-out and an error that names the actor and what it was doing."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import RaylignError, RunFailed, WorkerLost
+
+
+def get(refs: Any, *, actor: str, what: str, timeout: float) -> Any:
+    """`ray.get` with an owner. Raises the actor's own `RaylignError`; `WorkerLost` when it died or took too long."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+    try:
+        return ray.get(refs, timeout=timeout)
+    except GetTimeoutError:
+        raise WorkerLost(f"{actor} did not finish {what} within {timeout:.0f} s") from None
+    except RayTaskError as error:
+        raise _own_error(error, actor, what) from error
+    except RayError as error:
+        raise WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}") from None
+
+
+def _own_error(error: Any, actor: str, what: str) -> RaylignError:
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, RaylignError):
+        return cause
+    return RunFailed(f"{actor} failed in {what}: {type(cause).__name__}: {_first_line(cause or error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def end(actors: Sequence[Any]) -> None:
+    """Kill actors that have nothing left to lose; the dead are no error."""
+    import ray
+
+    for actor in actors:
+        ray.kill(actor, no_restart=True)

@@ -1,0 +1,255 @@
+"""The elastic pool: rollout workers that join, leave and die while groups go on being generated.
+
+It decides who gets which group; what a group yields depends on its seed key alone, so the result is the same for any
+number of workers and any of their deaths.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..cluster import calls
+from ..cluster.errors import RaylignError, RunFailed, WorkerLost
+from ..cluster.placement import place, release
+from ..cluster.weights import WeightVersion
+from .ledger import GroupState, Ledger
+from .records import Group
+from .worker import RolloutActor, WorkerSpec
+
+MAX_ATTEMPTS = 4
+"""How often a group or a start may fail before the run does."""
+
+Note = Callable[..., None]
+"""Told what happened: `note(kind, **fields)`."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A worker that has proved its weights."""
+
+    name: str
+    actor: Any
+    placement: Any
+    version: int = 0
+    draining: bool = False
+    running: dict[Any, tuple[int, float]] = field(default_factory=dict)
+    """Reference of a call → the group's index and when it was dispatched."""
+
+
+class RolloutPool:
+    """Keeps `target` workers, gives them groups, and replaces the lost. One thread calls it."""
+
+    def __init__(self, *, prefix: str, spec: WorkerSpec, wait_seconds: float, note: Note) -> None:
+        self._prefix, self._spec, self._wait_seconds, self._note = prefix, spec, wait_seconds, note
+        self._members: dict[str, Member] = {}
+        self._joining: set[str] = set()
+        self._arrivals: queue.SimpleQueue[tuple[str, Member | RaylignError]] = queue.SimpleQueue()
+        self._weights: WeightVersion | None = None
+        self._started = 0
+        self._failed_starts = 0
+        self.restarts = 0
+        self.target = spec.config.workers.start
+
+    @property
+    def size(self) -> int:
+        """Workers that take groups now."""
+        return sum(not m.draining for m in self._members.values())
+
+    def start(self, weights: WeightVersion, *, tick: Callable[[], None]) -> None:
+        """Bring up the first workers with a version. Raises `RunFailed` when they cannot be had."""
+        self._weights = weights
+        self._reconcile()
+        while self.size < self.target:
+            tick()
+            self._admit(timeout=0.2)
+            self._reconcile()
+
+    def scale(self, target: int) -> int:
+        """Ask for another number of workers, within the recipe's bounds; returns what is asked for now."""
+        bounds = self._spec.config.workers
+        self.target = min(max(target, bounds.min), bounds.max)
+        self._reconcile()
+        return self.target
+
+    def set_weights(self, weights: WeightVersion) -> None:
+        """Give every worker a new version and have each prove its digest; one that does not is replaced."""
+        self._weights = weights
+        refs = {m.name: m.actor.set_weights.remote(weights) for m in self._members.values()}
+        for name, ref in refs.items():
+            try:
+                self._prove(self._members[name], ref)
+            except WorkerLost as error:
+                self._lose(self._members[name], str(error), None)
+        self._admit(timeout=0)
+        self._reconcile()
+
+    def generate(self, groups: list[Group], ledger: Ledger, *, tick: Callable[[], None]) -> Iterator[Group]:
+        """Yield each group once, with its completions, as it is done. `tick` is called at least twice a second.
+
+        Raises `RunFailed` when no worker is left and none can come, or a group fails everywhere.
+        """
+        import ray
+
+        weights = self._weights
+        assert weights is not None, "start() gives the first weights"
+        tasks = {g.index: replace(g, version=weights.version, digest=weights.digest) for g in groups}
+        while not ledger.complete(GroupState.GENERATED):
+            tick()
+            self._admit(timeout=0)
+            self._reconcile()
+            self._dispatch(tasks, ledger)
+            refs = [ref for m in self._members.values() for ref in m.running]
+            if not refs:
+                self._admit(timeout=0.2)
+                continue
+            done, _ = ray.wait(refs, num_returns=1, timeout=0.3)
+            more = ray.wait(refs, num_returns=len(refs), timeout=0)[0] if done else []
+            for ref in more:
+                yield from self._collect(ref, ledger)
+            self._check_deadlines(ledger)
+
+    def close(self) -> None:
+        """End every worker."""
+        for member in list(self._members.values()):
+            self._remove(member)
+        self.target = 0
+        while self._joining:
+            self._admit(timeout=1.0)
+
+    def running(self) -> dict[str, list[int]]:
+        """Which groups each worker has now."""
+        return {m.name: sorted(i for i, _ in m.running.values()) for m in self._members.values()}
+
+    def _dispatch(self, tasks: dict[int, Group], ledger: Ledger) -> None:
+        """Give each pending group to the worker with the fewest, as far as its slots go."""
+        config = self._spec.config
+        capacity = max(1, config.slots // config.group_size)
+        ready = [m for m in self._members.values() if not m.draining]
+        for index in ledger.pending():
+            free = [m for m in ready if len(m.running) < capacity]
+            if not free:
+                return
+            if ledger.attempts[index] >= MAX_ATTEMPTS:
+                raise RunFailed(f"step {ledger.step}, group {index}: failed on {MAX_ATTEMPTS} workers")
+            member = min(free, key=lambda m: len(m.running))
+            ledger.dispatch(index, member.name)
+            member.running[member.actor.generate.remote(tasks[index])] = (index, time.monotonic())
+
+    def _collect(self, ref: Any, ledger: Ledger) -> Iterator[Group]:
+        member = next((m for m in self._members.values() if ref in m.running), None)
+        if member is None:  # its worker was lost while an earlier result was taken in
+            return
+        index, _ = member.running.pop(ref)
+        try:
+            group = calls.get(ref, actor=member.name, what=f"step {ledger.step} group {index}", timeout=30)
+        except RunFailed as error:
+            member.running[ref] = (index, 0.0)
+            self._lose(member, str(error), ledger)
+            return
+        if ledger.generated(group):
+            yield group
+
+    def _check_deadlines(self, ledger: Ledger) -> None:
+        limit = self._spec.config.timeout_seconds
+        for member in list(self._members.values()):
+            late = [i for i, since in member.running.values() if time.monotonic() - since > limit]
+            if late:
+                self._lose(member, f"{member.name} had group {late[0]} for more than {limit:.0f} s", ledger)
+
+    def _reconcile(self) -> None:
+        """Move towards the target: start what is missing, drain what is too much, end what has drained."""
+        ready = [m for m in self._members.values() if not m.draining]
+        for _ in range(self.target - len(ready) - len(self._joining)):
+            self._begin_join()
+        for member in ready[self.target :] if self.target else ready:
+            member.draining = True
+            self._note("worker_draining", worker=member.name)
+        for member in [m for m in self._members.values() if m.draining and not m.running]:
+            self._remove(member)
+            self._note("worker_left", worker=member.name)
+
+    def _begin_join(self) -> None:
+        name = f"{self._prefix}rollout-{self._started}"
+        self._started += 1
+        self._joining.add(name)
+        self._note("worker_joining", worker=name)
+        threading.Thread(target=self._join, args=(name,), name=f"join {name}", daemon=True).start()
+
+    def _join(self, name: str) -> None:
+        """Place, start and prove one worker, off the loop's thread: it takes seconds and must not hold up a step."""
+        placement = None
+        try:
+            placement = place(name, self._spec.config.resources, timeout=self._wait_seconds)
+            member = Member(name=name, actor=self._create(name, placement), placement=placement)
+            weights = self._weights
+            assert weights is not None, "joining begins after the first weights"
+            self._prove(member, member.actor.set_weights.remote(weights), weights)
+            self._arrivals.put((name, member))
+        except RaylignError as error:
+            if placement is not None:
+                release(placement)
+            self._arrivals.put((name, error))
+
+    def _create(self, name: str, placement: Any) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        config = self._spec.config
+        return (
+            ray.remote(RolloutActor)
+            .options(
+                name=name,
+                num_cpus=config.resources.cpus,
+                num_gpus=config.resources.gpus,
+                max_concurrency=max(1, config.slots // config.group_size) + 2,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
+            )
+            .remote(name, self._spec)
+        )
+
+    def _prove(self, member: Member, ref: Any, weights: WeightVersion | None = None) -> None:
+        weights = weights or self._weights
+        assert weights is not None, "nothing to prove before the first weights"
+        digest = calls.get(
+            ref, actor=member.name, what=f"loading weight version {weights.version}", timeout=self._wait_seconds
+        )
+        if digest != weights.digest:
+            raise WorkerLost(f"{member.name} holds weights {digest[:12]}, not {weights.digest[:12]}")
+        member.version = weights.version
+
+    def _admit(self, timeout: float) -> None:
+        """Take in workers that have joined, bringing one that is a version behind up to date."""
+        try:
+            name, arrival = self._arrivals.get(timeout=timeout) if timeout else self._arrivals.get_nowait()
+        except queue.Empty:
+            return
+        self._joining.discard(name)
+        if isinstance(arrival, RaylignError):
+            self._failed_starts += 1
+            self._note("worker_failed", worker=name, reason=str(arrival))
+            if not self._members and self._failed_starts >= MAX_ATTEMPTS or not isinstance(arrival, WorkerLost):
+                raise arrival
+            return
+        self._members[name] = arrival
+        if self._weights is not None and arrival.version != self._weights.version:
+            try:
+                self._prove(arrival, arrival.actor.set_weights.remote(self._weights))
+            except WorkerLost as error:
+                self._lose(arrival, str(error), None)
+                return
+        self._failed_starts = 0
+        self._note("worker_joined", worker=name, version=arrival.version)
+
+    def _lose(self, member: Member, reason: str, ledger: Ledger | None) -> None:
+        again = ledger.lost(member.name) if ledger else []
+        self._remove(member)
+        self.restarts += 1
+        self._note("worker_lost", worker=member.name, reason=reason, groups=again)
+
+    def _remove(self, member: Member) -> None:
+        del self._members[member.name]
+        calls.end([member.actor])
+        release(member.placement)

@@ -1,0 +1,139 @@
+"""A rollout worker: one engine, the weights it proved, and the groups it generates.
+
+`RolloutWorker` is plain and tests without Ray; `RolloutActor` is its shell.
+"""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..cluster.errors import RunFailed
+from ..cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_digest
+from .config import RolloutConfig
+from .engine_thread import EngineThread, collect
+from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """What every worker of a stage is built from; `base` is a model folder that each node can read."""
+
+    base: Path
+    dtype: str
+    config: RolloutConfig
+    seed: int
+    max_length: int
+    stop_token_ids: tuple[int, ...]
+
+    def sampling(self) -> Sampling:
+        """The recipe's sampling with the model's stop tokens."""
+        return Sampling(**self.config.sampling.model_dump(), stop_token_ids=self.stop_token_ids)
+
+
+class RolloutWorker:
+    """Generates groups under one weight version at a time; may be called from several threads.
+
+    Raises `RunFailed` at start when the engine's arithmetic depends on the batch, and for a group that asks for
+    another version than the one loaded.
+    """
+
+    def __init__(self, name: str, spec: WorkerSpec) -> None:
+        from transformers import AutoTokenizer
+
+        self.name = name
+        self._spec = spec
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.base)
+        self._engine = EngineThread(self._build)
+        self._weights: tuple[int, str] | None = None
+        self._adapter: str | None = None
+
+    def _build(self) -> Any:
+        import torch
+
+        from .native import NativeEngine
+        from .self_check import check_exactness
+
+        torch.set_num_threads(1)  # with two threads the same row gives other bits in another slot
+        device = "cuda" if torch.cuda.is_available() and self._spec.config.resources.gpus else "cpu"
+        engine = NativeEngine(
+            self._spec.base,
+            slots=self._spec.config.slots,
+            max_length=self._spec.max_length,
+            dtype="bfloat16" if self._spec.dtype == "bfloat16" else "float32",
+            device=device,
+        )
+        if device == "cpu":
+            check_exactness(engine)
+        return engine
+
+    def set_weights(self, weights: WeightVersion, tensors: Tensors) -> str:
+        """Load a version and return the digest of what was loaded. Raises `RunFailed` when it is another."""
+        adapter = bool(weights.config)
+        digest = adapter_digest(tensors, weights.config, weights.base) if adapter else tensors_digest(tensors)
+        if digest != weights.digest:
+            raise RunFailed(
+                f"{self.name} got weights {digest[:12]} for version {weights.version}, not {weights.digest[:12]}"
+            )
+        if not adapter:
+            self._engine.call(lambda engine: engine.load_base(tensors)).result()
+        elif digest not in self._engine.call(lambda engine: engine.adapters()).result():
+            self._engine.call(lambda engine: engine.load_adapter(digest, tensors, weights.config)).result()
+            if self._adapter:
+                self._engine.call(lambda engine, old=self._adapter: engine.drop_adapter(old)).result()
+        self._adapter = digest if adapter else None
+        self._weights = (weights.version, digest)
+        return digest
+
+    def generate(self, group: Group) -> Group:
+        """Draw the group's completions; blocks until they are done. The group names the version it must come from."""
+        if self._weights != (group.version, group.digest):
+            raise RunFailed(
+                f"{self.name} has weights {self._weights}, step {group.step} group {group.index} needs version "
+                f"{group.version} ({group.digest[:12]})"
+            )
+        start = time.time()
+        completions = self._submit(group).result()
+        samples = tuple(
+            Sample(
+                tokens=c.tokens,
+                logprobs=c.logprobs,
+                finish_reason=c.finish_reason,
+                text=self._tokenizer.decode(self._without_stop(c), skip_special_tokens=False),
+            )
+            for c in completions
+        )
+        return replace(group, samples=samples, worker=self.name, start=start, seconds=time.time() - start)
+
+    def _submit(self, group: Group) -> "Future[list[Completion]]":
+        request = GenerationRequest(
+            request_id=f"{group.step}/{group.index}",
+            prompt=group.prompt,
+            sampling=self._spec.sampling(),
+            seed=SeedKey(self._spec.seed, group.step, group.index),
+            n=self._spec.config.group_size,
+            adapter=self._adapter,
+        )
+        return collect(self._engine, request)
+
+    def _without_stop(self, completion: Completion) -> list[int]:
+        tokens = completion.tokens.tolist()
+        return tokens[:-1] if tokens and tokens[-1] in self._spec.stop_token_ids else tokens
+
+
+class RolloutActor:
+    """The Ray shell of a `RolloutWorker`; made remote by the pool."""
+
+    def __init__(self, name: str, spec: WorkerSpec) -> None:
+        self._worker = RolloutWorker(name, spec)
+
+    def set_weights(self, weights: WeightVersion) -> str:
+        """Fetch a version from the object store, load it, report its digest."""
+        import ray
+
+        return self._worker.set_weights(weights, ray.get(weights.ref))
+
+    def generate(self, group: Group) -> Group:
+        """Draw a group's completions."""
+        return self._worker.generate(group)

@@ -1,0 +1,97 @@
+"""Policy losses and what they are made of: tensors in, `(loss, metrics)` out.
+
+Shapes: B samples, T completion positions, V vocabulary. `mask_BT` is 1 where a completion token stands.
+Losses are sums divided by `total_tokens`, the completion tokens of the whole optimizer step: so a gradient does not
+depend on how a step is cut into micro-batches or spread over ranks. Metrics are sums over tokens, to be divided by the
+same number by whoever adds the micro-batches up.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float]
+
+
+def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token under the distribution it was sampled from, and that distribution's entropy; `[B, T]`.
+
+    Logits are taken to fp32 before the softmax (ScaleRL 2510.13786). A temperature of 0 (greedy) counts as 1.
+    """
+    logp_BTV = (logits_BTV.float() / (temperature or 1.0)).log_softmax(-1)
+    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    return logp_BTV.gather(-1, tokens_BT[..., None])[..., 0], entropy_BT
+
+
+def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Per-token estimate of KL(policy ‖ reference) on the policy's own samples (Schulman 2020), `[B, T]`.
+
+    With d = log π_ref − log π: k1 = −d, k2 = d²/2, k3 = e^d − d − 1.
+    """
+    d = reference_BT - logprobs_BT
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    return d.exp() - d - 1
+
+
+def clipped_objective(ratio_BT: Tensor, advantages_BT: Tensor, low: float, high: float, dual: float | None) -> Tensor:
+    """PPO's clipped surrogate, to be minimised, with separate bounds (DAPO 2503.14476) and a dual clip (1912.09729).
+
+    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio cannot
+    dominate the step.
+    """
+    plain = -ratio_BT * advantages_BT
+    clipped = -ratio_BT.clamp(1 - low, 1 + high) * advantages_BT
+    loss_BT = torch.maximum(plain, clipped)
+    if dual is None:
+        return loss_BT
+    return torch.where(advantages_BT < 0, torch.minimum(loss_BT, -dual * advantages_BT), loss_BT)
+
+
+def mismatch_weights(old_BT: Tensor, behaviour_BT: Tensor, cap: float | None) -> Tensor:
+    """Truncated importance weights min(π_trainer / π_engine, cap) per token, no gradient, `[B, T]`; ones without a cap.
+
+    They correct for the engine's arithmetic differing from the trainer's (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training").
+    """
+    if cap is None:
+        return torch.ones_like(old_BT)
+    return (old_BT - behaviour_BT).detach().exp().clamp(max=cap)
+
+
+def grpo_loss(
+    logprobs_BT: Tensor,
+    old_BT: Tensor,
+    behaviour_BT: Tensor,
+    reference_BT: Tensor | None,
+    advantages_B: Tensor,
+    mask_BT: Tensor,
+    *,
+    total_tokens: int,
+    clip: tuple[float, float, float | None] = (0.2, 0.28, 3.0),
+    mismatch_cap: float | None = 2.0,
+    kl: tuple[float, Literal["k1", "k2", "k3"]] | None = None,
+) -> tuple[Tensor, Metrics]:
+    """GRPO with token-mean aggregation: Σ mask · (w · clipped(r, A) + β · KL) / total_tokens.
+
+    `old_BT` are the trainer's log-probs before the step's first update (no gradient), `behaviour_BT` the engine's,
+    `clip` is (low, high, dual), `kl` is (β, estimator) and needs `reference_BT`. An empty mask gives a loss of 0 whose
+    gradient is 0.
+    """
+    advantages_BT = advantages_B[:, None].expand_as(logprobs_BT)
+    ratio_BT = (logprobs_BT - old_BT).exp()
+    weights_BT = mismatch_weights(old_BT, behaviour_BT, mismatch_cap)
+    per_token_BT = weights_BT * clipped_objective(ratio_BT, advantages_BT, *clip)
+    gap_BT = (old_BT - behaviour_BT).abs() * mask_BT
+    outside_BT = ((ratio_BT < 1 - clip[0]) & (advantages_BT < 0)) | ((ratio_BT > 1 + clip[1]) & (advantages_BT > 0))
+    metrics = {"mismatch/mean": gap_BT.sum(), "clip_fraction": (outside_BT * mask_BT).sum()}
+    if kl is not None and reference_BT is not None:
+        coefficient, estimator = kl
+        kl_BT = kl_penalty(logprobs_BT, reference_BT, estimator)
+        per_token_BT = per_token_BT + coefficient * kl_BT
+        metrics["kl"] = (kl_BT * mask_BT).sum()
+    loss = (per_token_BT * mask_BT).sum() / max(total_tokens, 1)
+    return loss, {name: value.item() for name, value in metrics.items()}
