@@ -230,7 +230,8 @@ class RolloutPool:
         if isinstance(arrival, RaylignError):
             self._failed_starts += 1
             self._note("worker_failed", worker=name, reason=str(arrival))
-            if not self._members and self._failed_starts >= MAX_ATTEMPTS or not isinstance(arrival, WorkerLost):
+            hopeless = not self._members and self._failed_starts >= MAX_ATTEMPTS
+            if hopeless or not isinstance(arrival, WorkerLost):
                 raise arrival
             return
         self._members[name] = arrival

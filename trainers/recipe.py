@@ -109,7 +109,9 @@ def _explain_tag(context: dict[str, Any]) -> str:
     if "tag" not in context:
         return "'type' is missing: add it"
     near = get_close_matches(context["tag"], known, n=1)
-    return f"unknown type {context['tag']!r}: " + (f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}")
+    return f"unknown type {context['tag']!r}: " + (
+        f"did you mean {near[0]!r}?" if near else f"one of {', '.join(known)}"
+    )
 
 
 def _place_in_data(loc: tuple[Any, ...], data: Any) -> Place:

@@ -1,0 +1,41 @@
+"""Pure functions of the step: the learning rate and which prompts a step draws. So a resume needs no state for them."""
+
+import math
+
+import numpy as np
+
+from .stages import StageBase
+
+
+def learning_rate(stage: StageBase, step: int, steps: int) -> float:
+    """The rate of a step (from 0): linear warm-up (3 % of the steps by default), then the stage's schedule to zero."""
+    warmup = stage.warmup_steps if stage.warmup_steps is not None else math.ceil(0.03 * steps)
+    if step < warmup:
+        return stage.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[stage.schedule]
+    return stage.learning_rate * factor
+
+
+def prompts_of_step(seed: int, rows: int, per_step: int, step: int) -> list[int]:
+    """Row numbers of a step's prompts: each pass over the data is a permutation of its own, drawn from the seed.
+
+    Steps run across the passes without a gap, so every row is used once before any is used twice.
+    """
+    first = step * per_step
+    chosen = []
+    for position in range(first, first + per_step):
+        epoch, place = divmod(position, rows)
+        chosen.append(int(_permutation(seed, rows, epoch)[place]))
+    return chosen
+
+
+_cache: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(seed: int, rows: int, epoch: int) -> np.ndarray:
+    key = (seed, rows, epoch)
+    if key not in _cache:
+        _cache.clear()
+        _cache[key] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
+    return _cache[key]

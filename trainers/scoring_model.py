@@ -1,0 +1,81 @@
+"""A model that gives the log-probs of completions: the forward that policy and reference share.
+
+Shapes: B rows, L longest row, K positions kept for the loss (from the shortest prompt's last token on), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batch import TrainSample, micro_batches, pad
+from .losses import token_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """A micro-batch as tensors; everything `[B, K]` is aligned with the tokens the model predicts there."""
+
+    ids_BL: Tensor
+    attention_BL: Tensor
+    first: int
+    """The position whose logits are the first that count."""
+    targets_BK: Tensor
+    mask_BK: Tensor
+    behaviour_BK: Tensor
+    reference_BK: Tensor | None
+    advantages_B: Tensor
+
+
+def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
+    """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at."""
+    length = max(s.length for s in samples)
+    first = min(len(s.prompt) for s in samples) - 1
+    ids = pad([np.concatenate([s.prompt, s.tokens]).astype(np.int64) for s in samples], length)
+    attention = pad([np.ones(s.length, np.int64) for s in samples], length)
+
+    def at_completion(rows: Sequence[np.ndarray]) -> Tensor:
+        out = np.zeros((len(samples), length - 1 - first), np.float32)
+        for line, sample, row in zip(out, samples, rows, strict=True):
+            start = len(sample.prompt) - 1 - first
+            line[start : start + len(row)] = row
+        return torch.from_numpy(out).to(device)
+
+    ids_BL = torch.from_numpy(ids).to(device)
+    references = [s.reference for s in samples if s.reference is not None]
+    return Aligned(
+        ids_BL=ids_BL,
+        attention_BL=torch.from_numpy(attention).to(device),
+        first=first,
+        targets_BK=ids_BL[:, first + 1 :],
+        mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
+        behaviour_BK=at_completion([s.behaviour for s in samples]),
+        reference_BK=at_completion(references) if len(references) == len(samples) else None,
+        advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
+    )
+
+
+def completion_logprobs(model: nn.Module, batch: Aligned, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of the completion tokens and the entropies there, `[B, K]`; logits only where they count."""
+    keep = batch.ids_BL.shape[1] - batch.first
+    logits = model(
+        input_ids=batch.ids_BL, attention_mask=batch.attention_BL, logits_to_keep=keep, use_cache=False
+    ).logits
+    return token_logprobs(logits[:, :-1], batch.targets_BK, temperature)
+
+
+@torch.no_grad()
+def logprobs_of(
+    model: nn.Module, samples: Sequence[TrainSample], temperature: float, max_tokens: int, device: torch.device | str
+) -> list[np.ndarray]:
+    """Log-probs `[T]` of each sample's completion, without gradient, in the order given."""
+    out: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
+    for rows in micro_batches([s.length for s in samples], max_tokens):
+        batch = align([samples[i] for i in rows], device)
+        logprobs_BK, _ = completion_logprobs(model, batch, temperature)
+        for i, line in zip(rows, logprobs_BK.float().cpu().numpy(), strict=True):
+            start = len(samples[i].prompt) - 1 - batch.first
+            out[i] = line[start : start + len(samples[i].tokens)].copy()
+    return out
