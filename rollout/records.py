@@ -65,6 +65,8 @@ class Sample:
     text: str = ""
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
+    reference: np.ndarray | None = None
+    """Log-probs `[T]` under the reference, where there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
