@@ -1,0 +1,107 @@
+"""Everything a run reads, read and proven before any actor starts: model, tokenizer, rows, masks, rewards, overlap."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..cluster.errors import InputError
+from ..rollout.config import MathReward, RewardConfig
+from ..rollout.rewards import build_reward, check_names
+from .config import ModelConfig, RunConfig, stage_name
+from .data import Row, kind_of_stage, load_rows
+from .proof import Proof, prove_stage, refuse_overlap
+from .recipe import resolve_prepared
+from .stages import DataConfig, GrpoStage, StageConfig
+from .template import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """The rows of one stage and the proof of what it trains on."""
+
+    rows: list[Row]
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a recipe reads, by stage, with the held-out rows."""
+
+    model: Path
+    tokenizer: Tokenizer
+    stages: list[StageInput]
+    evaluation: list[Row]
+
+
+def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambda _: None) -> Inputs:
+    """Read and prove everything. Raises `InputError` for the first thing that is wrong; `say` is told of progress."""
+    model = locate_model(config.model, run)
+    tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
+    _check_rewards(config)
+    stages = []
+    for stage in config.stages:
+        say(f"{stage_name(stage)}: reading {stage.data.path}")
+        rows = _rows(stage.data, run, stage)
+        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer)))
+    held_out = []
+    if config.evaluation:
+        say(f"evaluation: reading {config.evaluation.data.path}")
+        held_out = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
+        _check_answers(config.evaluation.rewards, held_out, config.evaluation.data.path)
+        for stage, given in zip(config.stages, stages, strict=True):
+            refuse_overlap(held_out, given.rows, stage_name(stage))
+    return Inputs(model, tokenizer, stages, held_out)
+
+
+def locate_model(model: ModelConfig, run: Path) -> Path:
+    """The folder of a model; a hub id is fetched first. Raises `InputError` where there is neither."""
+    path = resolve_prepared(model.path, run)
+    if path.is_absolute():
+        if not path.is_dir():
+            raise InputError(f"no model folder at {path}")
+    else:
+        path = _fetch(model.path)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    if model.init == "pretrained" and not list(path.glob("*.safetensors")):
+        raise InputError(f"{path} has no *.safetensors: save the model there, or set model.init: random")
+    return path
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {hub_id!r} is no folder here and cannot be fetched from the hub: {reason}") from None
+
+
+def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
+    rows = load_rows(data, resolve_prepared(data.path, run), kind=kind_of_stage(stage))
+    if isinstance(stage, GrpoStage):
+        _check_answers(stage.rewards, rows, data.path)
+    return rows
+
+
+def _check_rewards(config: RunConfig) -> None:
+    """Every reward loads here as it will in its actor."""
+    lists = [s.rewards for s in config.stages if isinstance(s, GrpoStage)]
+    lists += [config.evaluation.rewards] if config.evaluation else []
+    for rewards in lists:
+        check_names(rewards)
+        for reward in rewards:
+            build_reward(reward, Path("/"))
+
+
+def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> None:
+    for reward in rewards:
+        if not isinstance(reward, MathReward):
+            continue
+        for number, row in enumerate(rows, 1):
+            if reward.answer not in row:
+                raise InputError(f"{path}, row {number}: the math reward's column {reward.answer!r} is missing")
+

@@ -1,0 +1,49 @@
+"""The recipe's `prepare` function, run once in a process of its own: what it writes is `prepared://` to the run."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from ..cluster.errors import InputError
+from .config import RunConfig
+
+
+def prepare(config: RunConfig, run: Path) -> None:
+    """Fill `<run>/prepared`, unless an earlier attempt of this run has; all or nothing.
+
+    Raises `InputError` with the last line of what the function printed when it failed.
+    """
+    final = run / "prepared"
+    if config.prepare is None or final.exists():
+        return
+    draft = run / ".prepared"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    arguments = [config.prepare.path, str(draft), str(config.seed), json.dumps(config.prepare.options)]
+    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"prepare {config.prepare.path} failed: {last}")
+    draft.rename(final)
+
+
+def main(path: str, out: str, seed: str, options: str) -> None:
+    """Import `file.py:function` and call it."""
+    file, _, name = path.rpartition(":")
+    if not Path(file).is_file():
+        sys.exit(f"there is no file {file}: prepare.path is file.py:function, relative to the recipe")
+    spec = importlib.util.spec_from_file_location("prepare", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        sys.exit(f"{file} has no function {name!r}")
+    getattr(module, name)(Path(out), int(seed), **json.loads(options))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
