@@ -119,14 +119,17 @@ class CompletionRequest(GenerationFields):
         return [item for item in self.prompt if not isinstance(item, int)]
 
 
-class Usage(BaseModel):
-    """How many tokens an answer cost."""
+class ApiError(Exception):
+    """A request that is answered with an error in OpenAI's shape."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    def __init__(
+        self, status: int, message: str, *, type: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
-def error_body(message: str, *, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in the shape that OpenAI clients read."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
+    """The request is wrong and stays wrong: 400."""
+    return ApiError(400, message, type="invalid_request_error", param=param, code=code)

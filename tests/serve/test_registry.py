@@ -3,7 +3,6 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +10,8 @@ from raylign.cluster.errors import InputError, NotFound
 from raylign.cluster.weights import save_adapter
 from raylign.serve.registry import Entry, Registry
 
-CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-
-
-def _tensors(seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    return {
-        name.format("A"): rng.normal(size=(2, 32)).astype(np.float32),
-        name.format("B"): rng.normal(size=(32, 2)).astype(np.float32),
-    }
+from .conftest import CONFIG
+from .conftest import tensors as _tensors
 
 
 @pytest.fixture

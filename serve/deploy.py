@@ -1,0 +1,182 @@
+"""Start and stop a service on a Ray that this process is connected to."""
+
+import logging
+import socket
+import time
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, Literal
+
+from ..cluster.errors import DoesNotFit, InputError, RunFailed
+from .config import ServeConfig
+from .registry import Registry
+from .replica import BuildEngine, ReplicaSpec, native_engine
+
+_MAX_ONGOING = 1024
+"""Requests a replica takes at once; the engine queues and batches them itself. Ray Serve's own default is 5."""
+_POLL_SECONDS = 0.1
+
+
+def start(
+    config: ServeConfig,
+    *,
+    name: str,
+    base: Path,
+    registry: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    build: BuildEngine = native_engine,
+    timeout: float = 120.0,
+) -> str:
+    """Serve a base model and every adapter of it in the registry; gives the URL (clients add `/v1`) once it answers.
+
+    One Ray has one HTTP port: the first service takes its root, further ones get `/<name>`. A service of that name that
+    already runs is replaced. Raises `InputError` for a host other than loopback (there are no API keys yet) or a port
+    that is taken, `DoesNotFit` when no replica found a place within `timeout` seconds, `RunFailed` when one failed.
+    """
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _check_host(config.host)
+    entry = Registry(registry).register_base(base)
+    spec = ReplicaSpec(
+        base=entry.digest,
+        registry=registry.resolve(),
+        slots=config.slots,
+        max_length=config.max_length,
+        dtype=dtype,
+        device="cuda" if config.resources.gpus else "cpu",
+    )
+    deadline = time.monotonic() + timeout
+    port = _open_port(config.host, config.port)
+    prefix = _prefix(name)
+    target = serve.RunTarget(
+        target=_deployment(config, spec, build),
+        name=name,
+        route_prefix=prefix,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    serve.run_many([target], wait_for_applications_running=False)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{port}{prefix.rstrip('/')}"
+    try:
+        _wait_until_running(name, config, deadline)
+        _wait_until_healthy(url, deadline)
+    except BaseException:
+        stop(name)
+        raise
+    return url
+
+
+def stop(name: str) -> None:
+    """End a service, if there is one; with the last one Ray Serve ends too, and its port is free again."""
+    from ray import serve
+
+    applications = serve.status().applications
+    if name in applications:
+        serve.delete(name)
+    if not set(applications) - {name}:
+        serve.shutdown()
+
+
+def _deployment(config: ServeConfig, spec: ReplicaSpec, build: BuildEngine) -> Any:
+    from ray import serve
+
+    from .replica import Replica
+
+    deployed = serve.deployment(
+        serve.ingress()(Replica),
+        name="Replica",
+        num_replicas=config.replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        ray_actor_options={"num_cpus": config.resources.cpus, "num_gpus": config.resources.gpus},
+        graceful_shutdown_timeout_s=10,
+        max_constructor_retry_count=2,
+    )
+    return deployed.bind(spec, build)
+
+
+def _check_host(host: str) -> None:
+    try:
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise InputError(
+            f"serve.host {host!r} is not loopback: the service has no API keys yet, so it listens on 127.0.0.1 only"
+        )
+
+
+def _open_port(host: str, port: int) -> int:
+    """The HTTP port of this Ray's Serve, which is started if it does not run."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if client := _get_global_client(raise_if_no_controller_running=False):
+        running = client.http_config.port
+        if port not in (0, running):
+            raise InputError(f"serve.port {port}: this Ray already serves on port {running}; take that one or 0")
+        return running
+    port = _free_port(host, port)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config={"log_level": "WARNING", "enable_access_log": False},
+    )
+    return port
+
+
+def _free_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"serve.port {port} on {host} can't be used: {error.strerror}; 0 takes a free one"
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _prefix(name: str) -> str:
+    """The root, unless another application of this Ray has it."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    details = client.get_serve_details()["applications"] if client else {}
+    taken = any(other != name and app["route_prefix"] == "/" for other, app in details.items())
+    return f"/{name}" if taken else "/"
+
+
+def _wait_until_running(name: str, config: ServeConfig, deadline: float) -> None:
+    from ray import serve
+
+    while (app := serve.status().applications[name]).status != "RUNNING":
+        reasons = [app.message, *(deployment.message for deployment in app.deployments.values())]
+        reason = next((message for message in reasons if message), app.status)
+        if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RunFailed(f"service {name!r} did not start: {reason}")
+        if time.monotonic() > deadline:
+            raise DoesNotFit(
+                f"service {name!r} has no place: {config.replicas} replicas with {config.resources.cpus:g} CPUs and "
+                f"{config.resources.gpus:g} GPUs each; Ray Serve says: {reason}"
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _wait_until_healthy(url: str, deadline: float) -> None:
+    import httpx
+
+    answer = "no answer"
+    with httpx.Client(trust_env=False) as client:
+        while time.monotonic() < deadline:
+            try:
+                response = client.get(f"{url}/health", timeout=5)
+            except httpx.TransportError as error:
+                answer = type(error).__name__
+            else:
+                if response.status_code == 200:
+                    return
+                answer = f"status {response.status_code}"
+            time.sleep(_POLL_SECONDS)
+    raise RunFailed(f"{url}/health does not answer: {answer}")

@@ -1,0 +1,65 @@
+"""What runs in a Ray Serve replica: an engine on its own thread behind the HTTP application."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastapi import FastAPI
+
+from ..rollout.engine import Engine
+from ..rollout.engine_thread import EngineThread
+from .app import build_app
+from .registry import Registry
+from .service import Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaSpec:
+    """What every replica of a service is built from; both folders must be readable on its node."""
+
+    base: str
+    """Digest of the base model, registered."""
+    registry: Path
+    slots: int
+    max_length: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+
+
+BuildEngine = Callable[[ReplicaSpec, Path], Engine]
+"""Makes the engine of a model folder, on the thread that will own it."""
+
+
+def native_engine(spec: ReplicaSpec, folder: Path) -> Engine:
+    """The embedded engine on one CPU thread, which makes a row's arithmetic independent of its company."""
+    import torch
+
+    from ..rollout.native import NativeEngine
+
+    torch.set_num_threads(1)
+    return NativeEngine(folder, slots=spec.slots, max_length=spec.max_length, dtype=spec.dtype, device=spec.device)
+
+
+class Replica:
+    """The class that Ray Serve deploys; it replaces a replica whose engine no longer answers."""
+
+    def __init__(self, spec: ReplicaSpec, build: BuildEngine = native_engine) -> None:
+        from transformers import AutoTokenizer
+
+        registry = Registry(spec.registry)
+        base = registry.resolve(spec.base)
+        self._engine = EngineThread(lambda: build(spec, Path(base.path)))
+        self._service = Service(
+            engine=self._engine,
+            tokenizer=AutoTokenizer.from_pretrained(base.path),
+            registry=registry,
+            base=base,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._service)
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve; raises when the engine does not answer."""
+        await self._service.busy()
