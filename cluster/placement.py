@@ -1,0 +1,152 @@
+"""Where actors go: whether a run's roles fit on the nodes, and one placement group a worker.
+
+Deciding is pure: `plan` takes what roles ask and what nodes have. Ray's placement groups wait for ever and cannot grow,
+so a worker gets one of its own, with a time-out and an explanation.
+"""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from .config import Resources
+from .errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A role asks for `count` actors of `cpus` and `gpus` each."""
+
+    role: str
+    count: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a node has."""
+
+    node: str
+    cpus: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Actor `index` of `role` fits on `node`."""
+
+    role: str
+    index: int
+    node: str
+
+
+@dataclass(slots=True)
+class _Node:
+    name: str
+    cpus: float
+    gpus: float
+    taken: list[Assignment] = field(default_factory=list)
+
+    def fits(self, demand: Demand) -> bool:
+        return self.cpus + _EPSILON >= demand.cpus and self.gpus + _EPSILON >= demand.gpus
+
+
+def plan(demands: Sequence[Demand], nodes: Sequence[Offer]) -> list[Assignment]:
+    """Find a node for every actor, or raise `DoesNotFit` with what was asked, what there is and the mend.
+
+    The largest actors choose first (GPUs before CPUs), each the fullest node that still has room, so that whole nodes
+    stay free. Like Ray's own scheduler this is greedy: it can miss a fit that an exhaustive search would find.
+    """
+    free = [_Node(n.node, n.cpus, n.gpus) for n in nodes]
+    placed: list[Assignment] = []
+    for demand in sorted(demands, key=lambda d: (d.gpus, d.cpus), reverse=True):
+        for index in range(demand.count):
+            node = min((n for n in free if n.fits(demand)), key=lambda n: (n.gpus, n.cpus), default=None)
+            if node is None:
+                raise DoesNotFit(_refusal(demand, index, demands, nodes))
+            node.cpus -= demand.cpus
+            node.gpus -= demand.gpus
+            placed.append(Assignment(demand.role, index, node.name))
+    return placed
+
+
+def _refusal(demand: Demand, index: int, demands: Sequence[Demand], nodes: Sequence[Offer]) -> str:
+    asked = ", ".join(f"{d.role} {d.count} × {amount(d.cpus, d.gpus)}" for d in demands)
+    total = amount(sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands))
+    have = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)}" for n in nodes) or "there is no node"
+    which = f"{demand.role} {index + 1} of {demand.count}"
+    largest = any(n.cpus + _EPSILON >= demand.cpus and n.gpus + _EPSILON >= demand.gpus for n in nodes)
+    mend = (
+        f"ask for fewer {demand.role} actors or smaller resources, add nodes, or for a local Ray raise cluster.cpus"
+        if largest
+        else f"no node is large enough for one {demand.role} actor: lower its resources or add a larger node"
+    )
+    return f"{which} does not fit; asked: {asked} ({total} in all); cluster: {have}. {mend}"
+
+
+def amount(cpus: float, gpus: float) -> str:
+    """`2 CPU`, `0.5 CPU + 1 GPU`."""
+    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+
+
+def offers() -> list[Offer]:
+    """What the living nodes of the connected cluster have in all, the head first."""
+    import ray
+
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    alive.sort(key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeManagerAddress"], n["NodeID"]))
+    return [Offer(_name(n), n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in alive]
+
+
+def free_offers() -> list[Offer]:
+    """What the living nodes have left now."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    left = available_resources_per_node()
+    alive = [n for n in ray.nodes() if n["Alive"]]
+    have = [(_name(n), left.get(n["NodeID"], {})) for n in alive]
+    return [Offer(name, free.get("CPU", 0.0), free.get("GPU", 0.0)) for name, free in have]
+
+
+def _name(node: dict[str, object]) -> str:
+    return f"{node['NodeManagerAddress']}/{str(node['NodeID'])[:6]}"
+
+
+def place(role: str, resources: Resources, timeout: float) -> "PlacementGroup":
+    """Reserve the resources of one worker; give its actor `PlacementGroupSchedulingStrategy(group)`.
+
+    Raises `DoesNotFit` after `timeout` seconds with what is missing; nothing stays reserved then.
+    """
+    from ray.exceptions import GetTimeoutError
+    from ray.util.placement_group import placement_group
+
+    name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
+
+    bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
+    group = placement_group([bundle or {"CPU": 0.001}], name=name)
+    try:
+        if group.wait(timeout):
+            return group
+    except GetTimeoutError:
+        pass  # the explanation below is the same
+    except BaseException:
+        release(group)
+        raise
+    release(group)
+    asked = amount(resources.cpus, resources.gpus)
+    left = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
+    raise DoesNotFit(f"{role} asked for {asked} and got no place within {timeout:g} s: {left}. Free some or add a node")
+
+
+def release(group: "PlacementGroup") -> None:
+    """Give a reservation back; an actor that still runs in it is ended."""
+    from ray.util.placement_group import remove_placement_group
+
+    remove_placement_group(group)
