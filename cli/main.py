@@ -9,7 +9,7 @@ import typer
 from ..cluster.errors import RaylignError
 from .output import notes
 
-VERBS = ()
+VERBS = ("run", "check", "status", "stop", "resume", "scale")
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 
 app = typer.Typer(

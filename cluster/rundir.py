@@ -9,16 +9,18 @@
 commands reach a run in this shell, in a Ray job, and on any machine that shares the storage.
 """
 
+import fcntl
 import json
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import NotFound
+from .errors import InputError, NotFound
 
 FINAL = ("succeeded", "failed", "stopped")
 
@@ -65,6 +67,27 @@ class RunDir:
             known = sorted(p.parent.name for p in storage.glob("*/recipe.yaml"))
             raise NotFound(f"no run {name!r} in {storage}: there {'are ' + ', '.join(known) if known else 'is none'}")
         return run
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the only process that works on the run. Raises `InputError` when another does."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"run {self.name!r} is running already: `raylign status {self.name}`") from None
+            yield
+
+    def held(self) -> bool:
+        """Whether a process on this machine works on the run now."""
+        if not (self.path / ".lock").exists():
+            return False
+        with (self.path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def __truediv__(self, part: str) -> Path:
         return self.path / part

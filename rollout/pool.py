@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cluster import calls
-from ..cluster.errors import RaylignError, RunFailed, WorkerLost
+from ..cluster.errors import DoesNotFit, RaylignError, RunFailed, WorkerLost
 from ..cluster.placement import place, release
 from ..cluster.weights import WeightVersion
 from .ledger import GroupState, Ledger
@@ -230,8 +230,8 @@ class RolloutPool:
         if isinstance(arrival, RaylignError):
             self._failed_starts += 1
             self._note("worker_failed", worker=name, reason=str(arrival))
-            hopeless = not self._members and self._failed_starts >= MAX_ATTEMPTS
-            if hopeless or not isinstance(arrival, WorkerLost):
+            hopeless = isinstance(arrival, DoesNotFit) or self._failed_starts >= MAX_ATTEMPTS
+            if hopeless and not self._members:
                 raise arrival
             return
         self._members[name] = arrival

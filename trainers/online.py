@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.rundir import RunDir
-from ..cluster.weights import WeightStore
+from ..cluster.weights import WeightStore, WeightVersion
 from ..rollout.ledger import GroupState, Ledger
 from ..rollout.pool import RolloutPool
 from ..rollout.records import Group
@@ -24,10 +24,7 @@ from .online_metrics import rollout_metrics, spans_by_worker
 from .roles import Roles
 from .schedule import prompts_of_step
 from .stages import GrpoStage
-
-
-class StopRequested(Exception):
-    """Somebody asked the run to stop; the step under way is left out and will be made again, the same, on resume."""
+from .stopping import StopRequested, stop_if_asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +62,11 @@ class OnlineLoop:
         self.stopped = False
         self.last_metrics: dict[str, float] = {}
         self.workers_seen = (pool.target, pool.target)
+
+    @property
+    def weights(self) -> WeightVersion:
+        """The version published last."""
+        return self._weights.current
 
     def run(self) -> None:
         """Go on from the last checkpoint, if there is one, to the stage's last step or until asked to stop."""
@@ -201,10 +203,8 @@ class OnlineLoop:
         if time.monotonic() - self._last_tick < 0.5:
             return
         self._last_tick = time.monotonic()
-        desired = self._run.desired()
-        if desired.get("stop"):
-            raise StopRequested
-        wanted = desired.get("rollout")
+        stop_if_asked(self._run)
+        wanted = self._run.desired().get("rollout")
         if wanted and wanted != self._pool.target:
             before = self._pool.target
             if self._pool.scale(wanted) != before:

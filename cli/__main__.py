@@ -1,0 +1,5 @@
+"""`python -m raylign.cli` is `raylign`."""
+
+from .main import main
+
+main()

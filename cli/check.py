@@ -1,0 +1,70 @@
+"""`raylign check`: prove a recipe's data, masks, template, rewards and placement, and stop there."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import answer, notes, print_json, print_table
+from .run import JsonOption, SetOption
+
+
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    set_: SetOption = None,
+    address: Annotated[
+        str | None, typer.Option(help="Check placement on this cluster instead of this machine.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many masks to print for each stage.")] = 2,
+    json: JsonOption = False,
+) -> None:
+    """Prove a recipe before it costs anything: files, columns, template, supervised tokens, rewards, resources.
+
+    The first examples are printed token by token; what the loss counts is coloured. Starts no actor.
+
+    Example: raylign check recipes/quickstart.yaml
+    """
+    from ..trainers.recipe import load_recipe
+
+    overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
+    config = load_recipe(recipe, overrides)
+    with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
+        facts, masks = _prove(config, Path(folder), examples)
+    if json:
+        print_json(facts)
+    else:
+        _print_proof(facts, masks)
+    if any(stage["refused"] for stage in facts["data"]):
+        raise typer.Exit(2)
+
+
+def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    from ..trainers.inputs import read_inputs
+    from ..trainers.launch import placement
+    from ..trainers.prepare import prepare
+    from ..trainers.proof import render_mask
+
+    prepare(config, folder)
+    inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+    facts = {"data": [g.proof.facts() for g in inputs.stages], "held_out": len(inputs.evaluation)}
+    masks = {
+        g.proof.stage: [render_mask(row, inputs.tokenizer) for row in g.proof.encoded[:examples]] for g in inputs.stages
+    }
+    return facts | {"placement": placement(config)}, masks
+
+
+def _print_proof(facts: dict[str, Any], masks: dict[str, list[Any]]) -> None:
+    for stage, rows in masks.items():
+        answer.print(f"\n[bold]{stage}[/bold]: the first examples; what the loss counts is coloured")
+        for row in rows:
+            answer.print(row)
+    columns = ["stage", "rows", "tokens", "supervised_tokens", "longest", "refused"]
+    print_table("\ndata", columns, [[stage[c] for c in columns] for stage in facts["data"]])
+    for stage in facts["data"]:
+        for refusal in stage["refusals"][:5]:
+            notes.print(f"[red]{stage['stage']} row {refusal['row']}:[/red] {refusal['reason']}", highlight=False)
+    if facts["held_out"]:
+        answer.print(f"{facts['held_out']} held-out questions, none of them in the training data", highlight=False)
+    where = [f"{p['stage']}: {p['role']} {p['count']} × {p['each']}" for p in facts["placement"]["asked"]]
+    answer.print(f"fits on {facts['placement']['nodes']}: {'; '.join(where)}", highlight=False)

@@ -1,0 +1,68 @@
+"""`raylign run`: a recipe from start to finish, here or on a cluster."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import answer, notes, print_json, print_table
+from .progress import progress_of
+
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: stages.1.learning_rate=1e-5.")]
+StorageOption = Annotated[Path | None, typer.Option(help="Where run directories live; the recipe's, else ./runs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    name: Annotated[str | None, typer.Option(help="The run's name; the recipe's by default.")] = None,
+    storage: StorageOption = None,
+    set_: SetOption = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster, host:port; a local Ray by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on if a run of that name is there.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a recipe here: on a local Ray, or on --address.
+
+    Example: raylign run recipes/quickstart.yaml --set seed=2
+    """
+    from ..trainers.recipe import load_recipe
+
+    overrides = list(set_ or [])
+    overrides += [f"name={name}"] if name else []
+    overrides += [f"cluster.address={address}"] if address else []
+    config = load_recipe(recipe, overrides)
+
+    from ..trainers.launch import open_run
+
+    directory = open_run(config, storage or Path(config.storage), named=name is not None, resume=resume)
+    go(config, directory, json=json)
+
+
+def go(config: Any, directory: Any, *, json: bool) -> None:
+    """Launch or go on with a run, show its progress, print how it ended. Exits with 1 when it was stopped."""
+    from ..trainers.launch import launch
+
+    notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
+    with progress_of(directory):
+        summary = launch(config, directory, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+    print_json(summary) if json else _print_summary(summary, directory)
+    if summary["status"] != "succeeded":
+        raise typer.Exit(1)
+
+
+def _print_summary(summary: dict[str, Any], directory: Any) -> None:
+    models = summary["evaluation"].get("models", {})
+    if models:
+        temperatures = [k for k in next(iter(models.values())) if k not in ("n", "examples")]
+        rows = [[name, *(f"{m[t]:.1%}" for t in temperatures), m["n"]] for name, m in models.items()]
+        print_table("held-out questions answered right", ["model", *temperatures, "questions"], rows)
+    minutes, seconds = divmod(round(summary["wall_seconds"]), 60)
+    answer.print(
+        f"{summary['run']}: {summary['status']} after {minutes} min {seconds} s, "
+        f"at most {summary['peak_memory_gb']:.1f} GB. {summary['reason']}",
+        highlight=False,
+    )
+    answer.print(f"report: {directory / 'report.html'}", highlight=False)
+    if summary["served"]:
+        answer.print(f"serve it: raylign serve {summary['run']}", highlight=False)

@@ -1,0 +1,70 @@
+"""`raylign scale`: another number of rollout workers while the run goes on."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import answer, notes, print_json
+from .run import JsonOption, StorageOption
+
+
+def scale(
+    run: Annotated[str, typer.Argument(help="The run's name.")],
+    rollout: Annotated[int, typer.Option(min=1, help="Rollout workers wanted.")],
+    storage: StorageOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until they work; 0 does not wait.")] = 120.0,
+    json: JsonOption = False,
+) -> None:
+    """Change the number of rollout workers of a running run; its result stays the same.
+
+    Example: raylign scale quickstart --rollout 4
+    """
+    from ..cluster.rundir import RunDir
+
+    directory = RunDir.find((storage or Path("runs")).resolve(), run)
+    _refuse_impossible(directory, rollout)
+    directory.desire(rollout=rollout)
+    status = _wait(directory, rollout, timeout)
+    facts = {"run": run, "asked": rollout, "workers": status.get("workers", {}), "stage": status.get("stage")}
+    print_json(facts) if json else answer.print(f"{run}: {_say(facts)}", highlight=False)
+
+
+def _refuse_impossible(directory: Any, rollout: int) -> None:
+    """Bounds come from the recipe; a run that has ended, or has no online stage, has no workers to scale."""
+    from ..cluster.errors import InputError
+    from ..cluster.rundir import FINAL
+    from ..trainers.recipe import load_recipe
+    from ..trainers.stages import GrpoStage
+
+    state = directory.status().get("status")
+    if state in FINAL:
+        raise InputError(f"run {directory.name!r} has ended ({state}): there is nothing to scale")
+    online = [s for s in load_recipe(directory / "recipe.yaml").stages if isinstance(s, GrpoStage)]
+    if not online:
+        raise InputError(f"run {directory.name!r} has no stage with rollout workers")
+    low, high = min(s.rollout.workers.min for s in online), max(s.rollout.workers.max for s in online)
+    if not low <= rollout <= high:
+        raise InputError(f"--rollout {rollout} is outside the recipe's rollout.workers: min {low}, max {high}")
+
+
+def _wait(directory: Any, rollout: int, timeout: float) -> dict[str, Any]:
+    from ..cluster.rundir import FINAL
+
+    notes.print(f"waiting for {rollout} rollout workers", highlight=False)
+    deadline = time.monotonic() + timeout
+    status = directory.status()
+    while status.get("status") not in FINAL and time.monotonic() < deadline:
+        if status.get("workers", {}).get("rollout") == rollout:
+            break
+        time.sleep(0.3)
+        status = directory.status()
+    return status
+
+
+def _say(facts: dict[str, Any]) -> str:
+    have = facts["workers"].get("rollout", 0)
+    if have == facts["asked"]:
+        return f"{have} rollout workers"
+    return f"{have} rollout workers now, {facts['asked']} asked for (stage {facts['stage']})"

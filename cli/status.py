@@ -1,0 +1,63 @@
+"""`raylign status`: where runs are."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import print_json, print_table
+from .run import JsonOption, StorageOption
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(help="A run's name; all runs without it.")] = None,
+    storage: StorageOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show where a run is: stage, step, workers of each role, last metrics; or one line for every run.
+
+    Example: raylign status quickstart --json
+    """
+    from ..cluster.rundir import RunDir
+
+    root = (storage or Path("runs")).resolve()
+    if run is None:
+        found = [_facts(RunDir(p.parent)) for p in sorted(root.glob("*/recipe.yaml"))]
+        print_json(found) if json else _print_all(found)
+        return
+    facts = _facts(RunDir.find(root, run))
+    print_json(facts) if json else _print_one(facts)
+
+
+def _facts(directory: Any) -> dict[str, Any]:
+    state = directory.status()
+    facts = {key: state.get(key) for key in ("status", "reason", "stage", "step", "steps")}
+    facts |= {"workers": state.get("workers", {}), "wanted": state.get("wanted", {}), "groups": state.get("groups", {})}
+    facts |= {"metrics": state.get("metrics", {}), "since": state.get("updated"), "address": state.get("address")}
+    if facts["status"] in ("running", "starting") and not directory.held():
+        facts["status"] = "lost"
+        facts["reason"] = f"its process is gone: `raylign resume {directory.name}` goes on from the last checkpoint"
+    return {"run": directory.name, **facts}
+
+
+def _print_all(found: list[dict[str, Any]]) -> None:
+    rows = [[f["run"], f["status"], _place(f), _workers(f["workers"]), f["reason"] or ""] for f in found]
+    print_table("runs", ["run", "status", "at", "workers", "reason"], rows)
+
+
+def _print_one(facts: dict[str, Any]) -> None:
+    rows = [["status", facts["status"]], ["at", _place(facts)], ["workers", _workers(facts["workers"])]]
+    wanted = facts["wanted"].get("rollout")
+    if wanted is not None and facts["workers"] and wanted != facts["workers"].get("rollout"):
+        rows.append(["asked for", f"rollout {wanted}"])
+    rows += [["reason", facts["reason"]]] if facts["reason"] else []
+    rows += [[name, f"{value:.4g}"] for name, value in facts["metrics"].items()]
+    print_table(facts["run"], ["", ""], rows)
+
+
+def _place(facts: dict[str, Any]) -> str:
+    return f"{facts['stage']} {facts['step']}/{facts['steps']}" if facts["stage"] else ""
+
+
+def _workers(workers: dict[str, int]) -> str:
+    return ", ".join(f"{role} {count}" for role, count in workers.items() if count)

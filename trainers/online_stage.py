@@ -1,0 +1,104 @@
+"""An online stage from the model it starts with to the model it leaves: actors up, loop, actors down."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..cluster import calls
+from ..cluster.rundir import RunDir
+from ..cluster.weights import base_digest, save_adapter
+from ..rollout.pool import RolloutPool
+from ..rollout.worker import WorkerSpec
+from .adapters import open_base, save_model
+from .config import RunConfig, stage_name
+from .inputs import StageInput
+from .model_state import ModelState, StageOutcome
+from .online import OnlineLoop, Prompt
+from .policy import PolicySpec
+from .roles import Roles
+from .stages import GrpoStage
+from .template import Tokenizer, encode_prompt, stop_tokens
+
+
+def run_online_stage(
+    config: RunConfig,
+    stage: GrpoStage,
+    index: int,
+    model: ModelState,
+    given: StageInput,
+    tokenizer: Tokenizer,
+    run: RunDir,
+    on_metrics: Callable[[int, dict[str, float]], None],
+) -> StageOutcome:
+    """Train with separate policy, reference, reward and rollout actors; ends them whatever happens.
+
+    `model` is what the stage goes on from: a former adapter has been merged already if the stage brings its own.
+    """
+    began = time.time()
+    name = stage_name(stage)
+    digest = base_digest(model.base)
+    adapter = model.adapter or (Path(stage.adapter.path) if stage.adapter and stage.adapter.path else None)
+    spec = PolicySpec(
+        base=model.base, base_digest=digest, adapter=adapter, stage=stage, seed=config.seed, dtype=config.model.dtype
+    )
+    worker = WorkerSpec(
+        base=model.base,
+        dtype=config.model.dtype,
+        config=stage.rollout,
+        seed=config.seed,
+        max_length=stage.rollout.max_prompt_tokens + stage.rollout.sampling.max_tokens,
+        stop_token_ids=tuple(sorted(stop_tokens(tokenizer))),
+    )
+    prefix = f"{run.name}/{name}/"
+    wait = config.cluster.wait_seconds
+    roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait)
+    pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event)
+    loop = OnlineLoop(
+        stage,
+        name,
+        prompts=[Prompt(ids=_ids(tokenizer, row), row=row) for row in given.rows],
+        roles=roles,
+        pool=pool,
+        run=run,
+        checkpoints=run / "checkpoints" / f"{index}-{name}",
+        seed=config.seed,
+        on_metrics=on_metrics,
+    )
+    try:
+        roles.wait_ready()
+        loop.run()
+        outcome = _keep(loop, model, run, index, name, digest)
+    finally:
+        pool.close()
+        roles.close()
+    return StageOutcome(
+        model=outcome,
+        metrics=loop.last_metrics,
+        steps=loop.step,
+        seconds=time.time() - began,
+        stopped=loop.stopped,
+        restarts=pool.restarts,
+        version=loop.weights.version,
+        workers=loop.workers_seen,
+    )
+
+
+def _ids(tokenizer: Tokenizer, row: dict) -> np.ndarray:
+    return np.array(encode_prompt(tokenizer, row["prompt"]), np.int32)
+
+
+def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, name: str, digest: str) -> ModelState:
+    """The last published weights as a folder: an adapter under its digest, or a whole model."""
+    weights = loop.weights
+    tensors = calls.get(weights.ref, actor="the object store", what="the last weights", timeout=120)
+    provenance = {"base_digest": digest, "run": run.name, "stage": name, "steps": loop.step}
+    if weights.config:
+        _, folder = save_adapter(run / "adapters", tensors, weights.config, provenance)
+        return ModelState(model.base, folder)
+    import torch
+
+    whole = open_base(model.base)
+    whole.load_state_dict({key: torch.from_numpy(array) for key, array in tensors.items()})
+    return ModelState(save_model(whole, model.base, run / "models" / f"{index}-{name}"))

@@ -1,0 +1,106 @@
+"""The end of a run: register what it made, serve it, and ask it the held-out questions."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cluster.rundir import RunDir
+from ..rollout.rewards import build_reward
+from ..serve import deploy
+from ..serve.registry import Registry
+from .config import EvaluationConfig, RunConfig
+from .evaluation import evaluate
+from .inputs import Inputs
+from .stopping import stop_if_asked
+
+if TYPE_CHECKING:
+    from .pipeline import Finished
+
+
+def publish(config: RunConfig, run: RunDir, stages: "Sequence[Finished]") -> list[str]:
+    """Register the base and every adapter on it, and point the names at them.
+
+    Names are `<run>-base`, `<run>-<stage>`, and the recipe's alias for the last. Returns the first two kinds in order.
+    """
+    registry = Registry(registry_root(run))
+    base = registry.register_base(Path(stages[-1].base), {"run": run.name})
+    names = [f"{run.name}-base"]
+    registry.promote(names[0], base.digest)
+    last = base
+    for stage in stages:
+        if stage.adapter and stage.base == stages[-1].base:
+            provenance = {"run": run.name, "stage": stage.name, "steps": stage.steps, "metrics": stage.metrics}
+            last = registry.publish(Path(stage.adapter), base, provenance)
+            names.append(f"{run.name}-{stage.name}")
+            registry.promote(names[-1], last.digest)
+    assert config.serve is not None, "only a run that serves publishes"
+    registry.promote(config.serve.alias, last.digest)
+    run.event("published", alias=config.serve.alias, digest=last.digest)
+    return names
+
+
+def registry_root(run: RunDir) -> Path:
+    """The registry that all runs of a storage share."""
+    return run.path.parent / "registry"
+
+
+def serve_and_evaluate(
+    config: RunConfig, run: RunDir, inputs: Inputs, names: Sequence[str], say: Callable[[str], None]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Start the service, ask it as every model, stop it. Returns what was served and the evaluation."""
+    assert config.serve is not None, "only a run that serves comes here"
+    say("serving")
+    base = Path(Registry(registry_root(run)).resolve(names[0]).path)
+    url = deploy.start(config.serve, name=run.name, base=base, registry=registry_root(run), dtype=config.model.dtype)
+    try:
+        evaluation = (
+            _evaluate(config.evaluation, run, config.seed, inputs, url, names, say) if config.evaluation else {}
+        )
+    finally:
+        deploy.stop(run.name)
+    return {"model": config.serve.alias, "url": url}, evaluation
+
+
+def _evaluate(
+    evaluation: EvaluationConfig,
+    run: RunDir,
+    seed: int,
+    inputs: Inputs,
+    url: str,
+    names: Sequence[str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Accuracy of every model at every temperature; `before` is the model the last stage began with."""
+    reward = build_reward(evaluation.rewards[0], Path("/"))
+    models: dict[str, dict[str, Any]] = {}
+    for name in names:
+        say(f"asking {name}")
+        models[name] = {"n": len(inputs.evaluation)}
+        for temperature in evaluation.temperatures:
+            stop_if_asked(run)
+            asked = evaluate(
+                url,
+                name,
+                inputs.evaluation,
+                grade=reward.score,
+                temperature=temperature,
+                max_tokens=evaluation.max_tokens,
+                concurrency=evaluation.concurrency,
+                seed=seed,
+            )
+            models[name][_label(temperature)] = asked["accuracy"]
+            models[name].setdefault("examples", asked["examples"][:3])
+    return {
+        "before": _scores(models[names[-2 if len(names) > 1 else -1]]),
+        "after": _scores(models[names[-1]]),
+        "models": models,
+    }
+
+
+def _label(temperature: float) -> str:
+    """`greedy` for 0, else `t1`, `t0.7`."""
+    return "greedy" if temperature == 0 else f"t{temperature:g}"
+
+
+def _scores(model: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model.items() if key != "examples"}
