@@ -160,7 +160,7 @@ def _ray_start(cluster: LocalCluster, number: int, which: list[str]) -> None:
 
 
 def _environment(cluster: LocalCluster) -> dict[str, str]:
-    """What the nodes inherit: the mark, this interpreter first in PATH for jobs, no other Ray's address, no fixed port."""
+    """What the nodes inherit: the mark, this interpreter first in PATH for jobs, no other Ray's address."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_JOB_", "RAY_ADDRESS", "RAY_API_SERVER"))}
     return kept | {
         MARK: cluster.mark,

@@ -1,0 +1,36 @@
+"""What a recipe needs besides its own folder, when the run happens elsewhere. Imports neither ray nor torch."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig
+
+_PATH_KEYS = ("path",)
+
+
+def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
+    """The paths of a recipe that leave its folder, by their key: `{"model.path": "/models/base"}`.
+
+    `config` is what `load_recipe` gives, with absolute paths; `folder` is the recipe's.
+    """
+    leaves = _leaves(config.model_dump(mode="json", exclude_unset=True), "")
+    root = folder.resolve()
+    return {key: text for key, text in leaves if Path(text).is_absolute() and root not in Path(text).parents}
+
+
+def as_overrides(paths: dict[str, str]) -> list[str]:
+    """Those paths as `--set` values."""
+    return [f"{key}={json.dumps(path)}" for key, path in paths.items()]
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every string under a key `path`, with its dotted key."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in parts:
+        place = f"{key}.{name}" if key else str(name)
+        if name in _PATH_KEYS and isinstance(inner, str):
+            yield place, inner
+        else:
+            yield from _leaves(inner, place)
