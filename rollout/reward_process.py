@@ -31,17 +31,27 @@ class BoundedReward:
     """A reward entry of a recipe, run in a child process within `timeout_seconds` a completion.
 
     Calls from several threads are served one after the other. A child that had to be ended is replaced at the next
-    call; the time that takes does not count as the completion's.
+    call; the time that takes does not count as the completion's. `overruns` counts them.
+
+    A math expression that cannot be evaluated in time is not shown to be equal: it scores 0 and is no error. Models do
+    write `10^{10^{10}}`, and a run must not end with it. For any other reward an overrun is an error.
     """
 
     def __init__(self, config: RewardConfig, root: Path) -> None:
         self.config = config
         self.name = reward_name(config)
         self.weight = config.weight
+        self.overruns = 0
         self._root = root
         self._lock = threading.Lock()
         self._child: _Child | None = None
         self._ready = False
+
+    def __enter__(self) -> "BoundedReward":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def start(self) -> None:
         """Start the child without waiting for it; `score` and `wait_ready` do."""
@@ -61,6 +71,9 @@ class BoundedReward:
                 answer = child.ask((completion, row), self.config.timeout_seconds)
             except RewardOverrun:
                 self._drop()
+                self.overruns += 1
+                if isinstance(self.config, MathReward):
+                    return 0.0
                 raise
         if "error" in answer:
             raise RewardError(answer["error"])
@@ -115,6 +128,7 @@ class _Child:
         self.process = subprocess.Popen(
             [sys.executable, "-c", boot, json.dumps(sys.path), str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
+            stdout=2,  # what a reward prints is no part of a command's answer
             pass_fds=[theirs.fileno()],
         )
         theirs.close()

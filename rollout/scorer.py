@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from ..cluster.errors import RunFailed
-from .config import MathReward, RewardConfig
+from .config import RewardConfig
 from .records import Group, Sample
 from .reward_process import BoundedReward
-from .rewards import RewardError, RewardOverrun, check_names, total
+from .rewards import RewardError, check_names, total
 
 OnError = Literal["fail", "drop", "zero"]
 
@@ -23,9 +23,6 @@ class Scorer:
 
     A reward that raises, or gives None, NaN or a string, is an error of the data: `fail` stops the run with the reward,
     step, group and completion; `drop` marks the whole group with `error`; `zero` counts the part as 0. All are counted.
-    A math expression that cannot be evaluated in time is not shown to be equal: 0, counted as an overrun, no error;
-    models do write `10^{10^{10}}`, and a run must not end with it.
-
     Raises `InputError` for an entry that does not load.
     """
 
@@ -63,7 +60,8 @@ class Scorer:
 
     def counters(self) -> dict[str, float]:
         """Since the start: `errors/<reward>`, `overruns/<reward>` (those with any), `dropped` groups, `seconds`."""
-        return {**{k: float(v) for k, v in sorted(self._counts.items())}, "seconds": self._seconds}
+        overruns = {f"overruns/{r.name}": r.overruns for r in self._rewards if r.overruns}
+        return {**{k: float(v) for k, v in sorted((self._counts | overruns).items())}, "seconds": self._seconds}
 
     def close(self) -> None:
         """End the rewards' processes."""
@@ -79,10 +77,6 @@ class Scorer:
         try:
             return reward.score(group.samples[index].text, group.row)
         except RewardError as error:
-            if isinstance(error, RewardOverrun):
-                self._counts[f"overruns/{reward.name}"] += 1
-                if isinstance(reward.config, MathReward):
-                    return 0.0
             self._counts[f"errors/{reward.name}"] += 1
             return self._handle(
                 f"reward {reward.name!r} {error}, at step {group.step}, group {group.index}, "

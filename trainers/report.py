@@ -86,8 +86,8 @@ def _headline(run: RunDir, summary: Record, status: Record, metrics: list[Record
             ("Stage", f"{status.get('stage', '–')}, step {status.get('step', '–')} of {status.get('steps', '–')}")
         )
     workers = summary.get("workers") or {}
-    if "min" in workers and "max" in workers:
-        least, most = workers["min"], workers["max"]
+    least, most = workers.get("min"), workers.get("max")
+    if most:
         facts.append(("Rollout workers", f"{least}" if least == most else f"{least} – {most}"))
     weights, served = summary.get("weights") or {}, summary.get("served") or {}
     facts += [
@@ -118,14 +118,34 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     if not models:
         return ""
     names = {"greedy": "greedy", "t1": "T = 1"}
-    columns = list(dict.fromkeys(k for scores in models.values() for k in scores if k != "n"))
+    columns = list(dict.fromkeys(k for s in models.values() for k, v in s.items() if k != "n" and _is_number(v)))
     head = ["model", *(names.get(c, c) for c in columns), "questions"]
     rows = [
         [escape(name), *(_share(scores.get(c), scores.get("n")) for c in columns), number(scores.get("n", "–"))]
         for name, scores in models.items()
     ]
     note = '<p class="muted">share of right answers on held-out questions, with its 95 % interval</p>'
-    return f"<section><h2>Evaluation</h2>{note}{table(head, rows)}</section>"
+    return f"<section><h2>Evaluation</h2>{note}{table(head, rows)}{_examples(models)}</section>"
+
+
+def _examples(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """The first answers of every model, folded away."""
+    rows = [
+        [escape(name), *(f"<pre>{escape(str(text))}</pre>" for text in (_question(e), e.get("answer", ""))), mark]
+        for name, scores in models.items()
+        for e in scores.get("examples") or []
+        for mark in [escape(number(e.get("grade", "–")))]
+    ]
+    return details("Examples", table(["model", "question", "answer", "grade"], rows)) if rows else ""
+
+
+def _question(example: Mapping[str, Any]) -> str:
+    prompt = example.get("prompt", "")
+    return str(prompt[-1].get("content", "")) if isinstance(prompt, list) and prompt else str(prompt)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _share(value: object, n: object) -> str:

@@ -40,6 +40,8 @@ tr:last-child td { border-bottom: 0; }
 .grid .wide { grid-column: 1 / -1; }
 .grid img { display: block; max-width: 100%; }
 pre { overflow-x: auto; font-size: 13px; line-height: 1.45; }
+td pre { margin: 0; white-space: pre-wrap; }
+section details { border: 0; padding: 12px 0 0; margin: 0; }
 @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 """
 

@@ -200,10 +200,10 @@ def test_math_expression_that_never_ends_is_ended(expression: str) -> None:
     reward = BoundedReward(MathReward(timeout_seconds=1.0), Path())
     reward.wait_ready()
     start = time.monotonic()
-    with pytest.raises(RewardOverrun):
-        reward.score(f"\\boxed{{{expression}}}", {"answer": "72"})
+    assert reward.score(f"\\boxed{{{expression}}}", {"answer": "72"}) == 0.0
     assert time.monotonic() - start < 5
     assert reward.score("\\boxed{72}", {"answer": "72"}) == 1.0
+    assert reward.overruns == 1
     reward.close()
 
 
@@ -227,3 +227,10 @@ def test_child_ends_after_its_parent_even_where_no_python_code_can_run() -> None
     child = int(parent.stdout.readline())
     parent.wait()
     assert gone(child)
+
+
+def test_what_a_reward_prints_goes_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loud.py").write_text("def loud(completion, row):\n    print('scoring', flush=True)\n    return 1\n")
+    with BoundedReward(FunctionReward(path="loud.py:loud"), tmp_path) as reward:
+        assert reward.score("", {}) == 1.0
+    assert capfd.readouterr() == ("", "scoring\n")

@@ -1,6 +1,8 @@
 """The scorer: parts, sums, and what an error does to its group."""
 
 import dataclasses
+import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from raylign.cluster.errors import InputError, RunFailed
 from raylign.rollout.config import FormatReward, FunctionReward, MathReward, RewardConfig
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.scorer import OnError, Scorer
+from raylign.trainers.recipe import load_recipe
+from raylign.trainers.stages import GrpoStage
 
 SOURCE = """
 def exact(completion, row):
@@ -115,3 +119,19 @@ def test_scorer_is_an_actor_and_its_processes_end_with_it(root: Path, ray_sessio
     ray.kill(actor)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+def test_gsm8k_recipe_scores_real_rows(shared_data: Path) -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "gsm8k-grpo.yaml")
+    stage = recipe.stages[0]
+    assert isinstance(stage, GrpoStage)
+    with (shared_data / "gsm8k" / "train.jsonl").open() as file:
+        rows = [json.loads(line) for line in itertools.islice(file, 20)]
+    scorer = Scorer(stage.rewards, Path("/"), stage.scoring.on_error)
+    for row in rows:
+        right = row["answer"].rpartition("#### ")[2]
+        scored = scorer.score(
+            dataclasses.replace(group(f"So \\boxed{{{right}}}", "\\boxed{-1}", "I do not know."), row=row)
+        )
+        assert [s.reward for s in scored.samples] == [1.0, 0.0, 0.0]
+    scorer.close()

@@ -12,6 +12,7 @@ from raylign.trainers.lanes import lane_order, middle_steps
 from raylign.trainers.plots import column, draw_plots
 from raylign.trainers.report import duration, number, wilson, write_report
 
+EXAMPLES = [{"prompt": [{"role": "user", "content": "What is 1<2?"}], "answer": "=True", "grade": 1.0}]
 BEGIN = 1_700_000_000.0
 
 
@@ -89,7 +90,7 @@ def summary() -> dict[str, object]:
             "models": {
                 "base": {"greedy": 0.0, "t1": 0.0, "n": 200},
                 "sft": {"greedy": 0.55, "t1": 0.41, "n": 200},
-                "quick": {"greedy": 0.985, "t1": 0.94, "n": 200},
+                "quick": {"greedy": 0.985, "t1": 0.94, "n": 200, "examples": EXAMPLES},
             },
         },
         "weights": {"version": 60, "digest": "ab" * 32},
