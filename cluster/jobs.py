@@ -272,7 +272,8 @@ def _require_small(folder: Path) -> None:
         largest = max(sizes, key=lambda part: sizes[part])
         raise InputError(
             f"{folder} holds {total / 2**20:.0f} MiB and a job may bring {UPLOAD_LIMIT / 2**20:.0f}; "
-            f"the largest part is {largest} ({sizes[largest] / 2**20:.0f} MiB): move it to storage that the cluster shares"
+            f"the largest part is {largest} ({sizes[largest] / 2**20:.0f} MiB): "
+            "move it to storage that the cluster shares"
         )
 
 

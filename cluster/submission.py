@@ -1,6 +1,11 @@
-"""The note a submitted run leaves beside its files, so that other commands find its job again."""
+"""The note of a submitted run, so that other commands find its job again.
+
+It lies beside the run directories and not in one: a run that cannot begin leaves no directory, but its job has a log.
+"""
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,14 +24,14 @@ class Submission:
     attempts: tuple[str, ...]
     storage: str
 
-    def save(self, storage: Path) -> None:
-        """Write `<storage>/<run>/submission.json`."""
-        write_atomically(storage / self.run / "submission.json", json.dumps(asdict(self), indent=1))
+    def save(self) -> None:
+        """Write `<storage>/.submitted/<run>.json`."""
+        write_atomically(_note(Path(self.storage), self.run), json.dumps(asdict(self), indent=1))
 
     @classmethod
     def load(cls, storage: Path, run: str) -> "Submission | None":
         """The note of a run, or none if it was not submitted from here."""
-        path = storage / run / "submission.json"
+        path = _note(storage, run)
         if not path.exists():
             return None
         try:
@@ -37,23 +42,31 @@ class Submission:
 
 
 def job_storage(storage: str | None, address: str) -> str:
-    """The storage as the job sees it: absolute, or a URL.
+    """The storage as the job sees it: an absolute path.
 
     On this machine it is `runs` of the working directory by default; elsewhere it must be given, since the cluster has
     to share it. Raises `InputError`.
     """
     if storage and "://" in storage:
-        return storage
+        raise InputError(
+            f"--storage {storage}: a run writes to a path; mount the bucket on every node and give its path"
+        )
     if is_loopback(address):
         return str(Path(storage or "runs").resolve())
     if not storage or not Path(storage).is_absolute():
         raise InputError(
-            f"{address} is another machine: give --storage an absolute path or a URL that all its nodes share"
+            f"{address} is another machine: give --storage an absolute path that it and this machine share"
             + (f", not {storage!r}" if storage else "")
         )
     return storage
 
 
-def note_storage(storage: str) -> Path:
-    """Where the note of a submission goes: the storage itself if it is a path of this machine, else `runs`."""
-    return Path("runs") if "://" in storage else Path(storage)
+def _note(storage: Path, run: str) -> Path:
+    return storage / ".submitted" / f"{run}.json"
+
+
+def entrypoint(recipe: str, run: str, storage: str, overrides: Sequence[str]) -> str:
+    """The job's command: `raylign run` in the folder that was sent, going on with what an earlier attempt left."""
+    flags = ["--name", run, "--storage", storage, "--resume"]
+    sets = [part for override in overrides for part in ("--set", override)]
+    return shlex.join(["python", "-m", "raylign.cli", "run", recipe, *flags, *sets])

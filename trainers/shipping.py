@@ -1,13 +1,13 @@
 """What a recipe needs besides its own folder, when the run happens elsewhere. Imports neither ray nor torch."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig
+import yaml
 
-_PATH_KEYS = ("path",)
+from .config import RunConfig
 
 
 def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -20,6 +20,13 @@ def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
     return {key: text for key, text in leaves if Path(text).is_absolute() and root not in Path(text).parents}
 
 
+def paths_as_written(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """The paths of a recipe file as its author wrote them, by their key; overrides win."""
+    written = dict(_leaves(yaml.safe_load(recipe.read_text()), ""))
+    given = dict(override.split("=", 1) for override in overrides)
+    return written | {key: str(yaml.safe_load(text)) for key, text in given.items() if key.split(".")[-1] == "path"}
+
+
 def as_overrides(paths: dict[str, str]) -> list[str]:
     """Those paths as `--set` values."""
     return [f"{key}={json.dumps(path)}" for key, path in paths.items()]
@@ -30,7 +37,7 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in parts:
         place = f"{key}.{name}" if key else str(name)
-        if name in _PATH_KEYS and isinstance(inner, str):
+        if name == "path" and isinstance(inner, str):
             yield place, inner
         else:
             yield from _leaves(inner, place)

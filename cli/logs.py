@@ -1,0 +1,93 @@
+"""`raylign logs`: what a run prints."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .output import notes
+from .run import StorageOption
+
+if TYPE_CHECKING:
+    from ..cluster.rundir import RunDir
+    from ..cluster.submission import Submission
+
+_LOOK_EVERY_SECONDS = 0.3
+
+
+def logs(
+    run: Annotated[str, typer.Argument(help="The run's name.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    tail: Annotated[int | None, typer.Option(min=0, help="Begin with the last lines only.")] = None,
+    storage: StorageOption = None,
+) -> None:
+    """Print the log of a run. With -f, end when the run does, with its exit code.
+
+    A submitted run is followed through its cluster, again after a broken connection.
+
+    Example: raylign logs quickstart -f
+    """
+    from ..cluster.rundir import RunDir
+    from ..cluster.submission import Submission
+
+    root = (storage or Path("runs")).resolve()
+    submission = Submission.load(root, run)
+    code = _of_job(submission, follow, tail) if submission else _of_file(RunDir.find(root, run), follow, tail)
+    if code:
+        raise typer.Exit(code)
+
+
+def _of_job(submission: "Submission", follow: bool, tail: int | None) -> int:
+    from ..cluster.jobs import Jobs
+
+    jobs = Jobs(submission.address)
+    text = jobs.logs(submission.submission_id)
+    _write(_last_lines(text, tail))
+    if not follow:
+        return 0
+    job = jobs.follow(submission.submission_id, _write, skip=len(text))
+    if job.status == "failed" and job.driver_exit_code is None:
+        notes.print(job.message, highlight=False, markup=False)  # it did not come to a log of its own
+    notes.print(f"{job.run}: {job.status}", highlight=False)
+    return job.exit_code
+
+
+def _of_file(run: "RunDir", follow: bool, tail: int | None) -> int:
+    from ..cluster.rundir import FINAL
+
+    path = run / "run.log"
+    at = 0
+    while True:
+        status = run.status().get("status")
+        ended = status in FINAL or not run.held()  # asked before the last look at the file, so that nothing is missed
+        data = _read_from(path, at)
+        text = data.decode(errors="replace")
+        _write(_last_lines(text, tail) if at == 0 else text)
+        at += len(data)
+        if not follow:
+            return 0
+        if ended:
+            notes.print(f"{run.name}: {status if status in FINAL else 'lost'}", highlight=False)
+            return 0 if status == "succeeded" else 1
+        time.sleep(_LOOK_EVERY_SECONDS)
+
+
+def _read_from(path: Path, at: int) -> bytes:
+    """The whole lines of a file after its first `at` bytes."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(at)
+        data = file.read()
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _last_lines(text: str, tail: int | None) -> str:
+    return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:] if tail else [])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
