@@ -1,5 +1,6 @@
 """How every plot looks: sizes, colours, titles, and the file it is written to."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,12 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def add_legend(axes: "Axes") -> None:
-    """A legend in one line between title and plot."""
+    """A legend between title and plot, in one line where it fits."""
     axes.legend(
         fontsize=8,
         frameon=False,
         labelcolor=MUTED,
-        ncols=6,
+        ncols=_legend_columns(axes),
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
         borderaxespad=0,
@@ -47,9 +48,14 @@ def add_legend(axes: "Axes") -> None:
 
 def finish_figure(figure: "Figure", axes: "Axes", title: str, unit: str, path: Path) -> None:
     """Put the title and the unit on, and write the file."""
-    pad = 22 if axes.get_legend() else 8
+    entries = len(axes.get_legend_handles_labels()[1]) if axes.get_legend() else 0
+    pad = 8 + 14 * math.ceil(entries / _legend_columns(axes))
     axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=pad)
     if unit:
         axes.set_title(unit, loc="right", fontsize=8, color=MUTED, pad=pad)
     # Level 1: the files are small anyway, and the run waits for them.
     figure.savefig(path, pil_kwargs={"compress_level": 1})
+
+
+def _legend_columns(axes: "Axes") -> int:
+    return max(1, int(axes.get_figure(root=True).get_figwidth() / 1.1))  # pyright: ignore[reportOptionalMemberAccess]

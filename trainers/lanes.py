@@ -14,7 +14,7 @@ Span = dict[str, Any]
 """`lane`, `what`, `start` and `end` in seconds since the epoch, and perhaps `step` and `stage`."""
 
 Window = tuple[float, float]
-_ROLES = ("policy", "critic", "reference", "rollout", "reward")
+_ROLES = ("train", "policy", "critic", "reference", "rollout", "reward")
 _FEW_STEPS = 4
 
 
