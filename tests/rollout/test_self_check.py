@@ -1,0 +1,42 @@
+"""The proof at a worker's start, and that it can fail."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from raylign.cluster.errors import RunFailed
+from raylign.rollout.native import NativeEngine
+from raylign.rollout.self_check import check_exactness
+
+from .models import make_adapter, save_model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_passes_with_one_thread_and_with_adapters(dtype, tmp_path: Path):
+    torch.set_num_threads(1)
+    folder = save_model(tmp_path / "model", "qwen3")
+    engine = NativeEngine(folder, slots=10, max_length=64, dtype=dtype)
+    check_exactness(engine)
+    for seed in (1, 2):
+        engine.load_adapter(f"a{seed}", *make_adapter(folder, tmp_path / str(seed), seed))
+    check_exactness(engine)
+    assert not engine.busy
+
+
+def test_it_names_what_differs_when_arithmetic_depends_on_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch.set_num_threads(1)
+    engine = NativeEngine(save_model(tmp_path, "llama"), slots=16, max_length=64)
+    plain = torch.nn.Linear.forward
+
+    def by_rows(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return plain(self, x) * (1 + 1e-6 * (x.shape[0] > 8))
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", by_rows)
+    with pytest.raises(RunFailed, match=r"depends on which rows run together \(a prompt of \d+ tokens, new token \d+"):
+        check_exactness(engine)
+
+
+def test_it_wants_an_idle_engine_and_works_in_a_short_cache(tmp_path: Path):
+    torch.set_num_threads(1)
+    engine = NativeEngine(save_model(tmp_path, "llama"), slots=3, max_length=9)
+    check_exactness(engine)
