@@ -1,0 +1,203 @@
+"""Models with low-rank adapters: open, export, check, merge. PEFT does the arithmetic; this is where it is called."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..cluster.errors import InputError
+from ..cluster.weights import Tensors, base_digest, load_adapter
+from .stages import LoraConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PREFIX = "base_model.model."
+
+
+def open_model(
+    base: Path, adapter: Path | None, lora: LoraConfig | None, *, seed: int, dtype: str = "float32"
+) -> "PreTrainedModel":
+    """A base with a trainable adapter: the folder's if one is given, else `lora`'s (new, from the seed, or its `path`).
+
+    Without either all parameters train. Raises `InputError` where base or adapter cannot be read or do not fit.
+    """
+    model = open_base(base, dtype=dtype)
+    folder = adapter or (Path(lora.path) if lora and lora.path else None)
+    if folder:
+        check_adapter(folder, base)
+        return _attach(model, folder)
+    return _new_adapter(model, lora, seed) if lora else model
+
+
+def open_base(base: Path, *, dtype: str = "float32") -> "PreTrainedModel":
+    """The model of a folder, weights from safetensors only. Raises `InputError` where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{base} is not a model folder: {str(error).splitlines()[0]}") from error
+
+
+def random_model(base: Path, *, seed: int) -> "PreTrainedModel":
+    """The architecture of a folder's config.json with fresh float32 weights from the seed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{base} has no model config: {str(error).splitlines()[0]}") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int) -> Any:
+    import torch
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+
+    alpha = lora.alpha or 2 * lora.r
+    config = PeftLora(
+        r=lora.r,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"adapter.targets {lora.targets}: {str(error).splitlines()[0]}") from error
+
+
+def _attach(model: "PreTrainedModel", folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+
+
+def export_weights(model: Any) -> tuple[Tensors, dict[str, Any]]:
+    """Contiguous numpy copies of what trains: the adapter's tensors under PEFT's names and its PEFT config.
+
+    Of a model without adapter all tensors, and `{}`.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return {name: _array(tensor) for name, tensor in model.state_dict().items()}, {}
+    tensors = {name: _array(tensor) for name, tensor in get_peft_model_state_dict(model).items()}
+    return tensors, _peft_config(model, tensors)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach().cpu()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
+    return np.array(tensor.numpy(), order="C", copy=True)
+
+
+def _peft_config(model: Any, tensors: Tensors) -> dict[str, Any]:
+    """The adapter's PEFT config as plain JSON, the same for the same adapter wherever it was made."""
+    config = {key: _plain(value) for key, value in model.peft_config["default"].to_dict().items()}
+    targets = {name.removeprefix(_PREFIX).split(".lora_")[0] for name in tensors}
+    short = {name.rsplit(".", 1)[-1] for name in targets}
+    meant = {name for name, _ in model.get_base_model().named_modules() if name.rsplit(".", 1)[-1] in short}
+    return config | {
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": sorted(short if meant == targets else targets),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return sorted(value) if isinstance(value, set) else value
+
+
+def check_adapter(folder: Path, base: Path) -> None:
+    """Raise `InputError` where an adapter was made for another base: by its recorded digest, else by its shapes."""
+    tensors, _ = load_adapter(folder)
+    record = folder / "provenance.json"
+    made_for = json.loads(record.read_text()).get("base_digest") if record.exists() else None
+    if made_for and made_for != base_digest(base):
+        raise InputError(
+            f"adapter {folder} was trained on another base (digest {made_for[:12]}…) than {base}: "
+            "give the base it was trained on"
+        )
+    shapes = _weight_shapes(base)
+    for name, tensor in tensors.items():
+        _check_shape(folder, base, name, tensor, shapes)
+
+
+def _check_shape(folder: Path, base: Path, name: str, tensor: np.ndarray, shapes: dict[str, tuple[int, ...]]) -> None:
+    module, _, factor = name.removeprefix(_PREFIX).partition(".lora_")
+    if not factor:
+        raise InputError(f"adapter {folder} has a tensor that is no low-rank factor: {name}")
+    shape = shapes.get(f"{module}.weight")
+    if shape is None:
+        raise InputError(f"adapter {folder} is for another base: {base} has no layer {module}")
+    if factor in ("A.weight", "B.weight"):
+        side, ours, theirs = (
+            ("inputs", tensor.shape[1], shape[1]) if factor[0] == "A" else ("outputs", tensor.shape[0], shape[0])
+        )
+        if ours != theirs:
+            raise InputError(
+                f"adapter {folder} is for another base: {module} has {theirs} {side} in {base}, {ours} in it"
+            )
+
+
+def _weight_shapes(base: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a folder's weights, from the safetensors headers alone."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path) -> Path:
+    """Write base + adapter, added in float32, as an ordinary model folder with the base's tokenizer."""
+    check_adapter(adapter, base)
+    model = _attach(open_base(base), adapter).merge_and_unload(safe_merge=True)
+    return save_model(model, base, out)
+
+
+def save_model(model: Any, tokenizer_of: Path, out: Path) -> Path:
+    """Write a model folder, all or nothing: config, safetensors, and the tokenizer of another folder."""
+    from transformers import AutoTokenizer
+
+    with _draft(out) as draft:
+        model.save_pretrained(draft, safe_serialization=True)
+        AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(draft)
+    return out
+
+
+@contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place once it is written whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=".draft-"))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(draft, out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,228 @@
+"""The stages on Ray Train: continued pre-training, supervised fine-tuning, preference optimization.
+
+The driver's half: it settles which model the stage starts from, which rows each step takes, and where
+the outcome goes; the workers (train_worker.py) train. Ray Train restarts the workers from the last
+checkpoint when one dies, and finds the same checkpoint when a later process runs the stage again.
+"""
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..cluster.errors import DoesNotFit, InputError, RunFailed
+from ..cluster.rundir import RunDir
+from .adapters import check_adapter, merge_adapter
+from .config import stage_name
+from .proof import EncodedRow
+from .schedule import prompts_of_step
+from .stages import CptStage, DpoStage, LoraConfig, SftStage
+from .template import Encoded
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+OfflineStage = CptStage | SftStage | DpoStage
+
+_POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+"""How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
+checkpoints cost 20 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model between stages: a Hugging Face folder, and the PEFT folder of the adapter on it, if any."""
+
+    base: Path
+    adapter: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """What a stage made; `stopped` when it ended early because that was asked, with a checkpoint to go on from."""
+
+    base: Path
+    adapter: Path | None
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    stopped: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """All a training worker needs besides its rows; paths are absolute and on storage that all nodes share."""
+
+    stage: OfflineStage
+    name: str
+    base: Path
+    adapter: Path | None
+    init_random: bool
+    seed: int
+    steps: int
+    run_dir: Path
+    model_out: Path
+
+
+def run_offline_stage(
+    stage: OfflineStage,
+    *,
+    index: int,
+    model: ModelState,
+    encoded: Sequence[EncodedRow],
+    seed: int,
+    run_dir: RunDir,
+    init_random: bool = False,
+) -> StageOutcome:
+    """Train one stage on the rows its proof encoded, on the Ray cluster this process is connected to.
+
+    Blocks until the stage is done or `run_dir.desired()["stop"]` ended it. Call it off the main thread, where Ray
+    Train would take Ctrl-C for itself. Run again after a stop or a crash it goes on from the last checkpoint.
+    Raises `InputError`, `DoesNotFit`, or `RunFailed` with the last checkpoint's place.
+    """
+    name = stage_name(stage)
+    _require_room(stage, name)
+    start = _starting_model(stage, index=index, name=name, model=model, run_dir=run_dir, init_random=init_random)
+    root = run_dir.path.resolve()
+    job = TrainJob(
+        stage=stage,
+        name=name,
+        base=start.base.resolve(),
+        adapter=start.adapter.resolve() if start.adapter else None,
+        init_random=init_random,
+        seed=seed,
+        steps=stage.steps or math.ceil(len(encoded) / stage.batch_size),
+        run_dir=root,
+        model_out=root / "models" / f"{index}-{name}",
+    )
+    began = time.time()
+    made = _fit(job, rows_table(encoded), f"{index}-{name}")
+    return StageOutcome(
+        base=Path(made["base"]),
+        adapter=Path(made["adapter"]) if made["adapter"] else None,
+        metrics=_summary(run_dir, name),
+        steps=made["step"],
+        seconds=time.time() - began,
+        stopped=made["stopped"],
+    )
+
+
+def _starting_model(
+    stage: OfflineStage, *, index: int, name: str, model: ModelState, run_dir: RunDir, init_random: bool
+) -> ModelState:
+    """The model a stage trains: a former adapter is merged unless the stage goes on training it."""
+    lora = _lora(stage)
+    if model.adapter and (lora or isinstance(stage, CptStage)):
+        out = run_dir / "models" / f"{index}-{name}-base"
+        return ModelState(out if out.exists() else merge_adapter(model.base, model.adapter, out))
+    if init_random and not (model.base / "config.json").exists():
+        raise InputError(f"{model.base} has no config.json to build random weights from")
+    folder = model.adapter or (Path(lora.path) if lora and lora.path else None)
+    if folder:
+        check_adapter(folder, model.base)
+    return model
+
+
+def _lora(stage: OfflineStage) -> LoraConfig | None:
+    return None if isinstance(stage, CptStage) else stage.adapter
+
+
+def _require_room(stage: OfflineStage, name: str) -> None:
+    """Raise `DoesNotFit` where the whole cluster is too small: Ray Train would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", stage.resources.cpus), ("GPU", stage.resources.gpus)):
+        asked, have = stage.workers * each, there.get(kind, 0.0)
+        if asked > have:
+            raise DoesNotFit(
+                f"stage {name} asks for {asked:g} {kind}s ({stage.workers} workers of {each:g}), "
+                f"the cluster has {have:g}: lower workers or resources"
+            )
+
+
+def rows_table(encoded: Sequence[EncodedRow]) -> "pa.Table":
+    """The rows as one Arrow table, which Ray's object store shares without a copy."""
+    import pyarrow as pa
+
+    tokens = pa.list_(pa.int32())
+    if all(isinstance(row, Encoded) for row in encoded):
+        columns = {n: pa.array([getattr(r, n) for r in encoded], tokens) for n in ("input_ids", "labels")}
+    else:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        columns = {n: pa.array([getattr(r, n) for r in encoded], tokens) for n in names}
+    return pa.table(columns)
+
+
+def row_order(seed: int, rows: int, batch_size: int, steps: int) -> list[int]:
+    """Which row stands at each place of each step; the same for any number of workers."""
+    return [row for step in range(steps) for row in prompts_of_step(seed, rows, batch_size, step)]
+
+
+def _fit(job: TrainJob, rows: "pa.Table", run_name: str) -> dict[str, Any]:
+    """Run the workers under Ray Train; what rank 0 returned."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from .train_worker import train_worker
+
+    for key, value in _POLL.items():
+        os.environ.setdefault(key, value)
+    stage, checkpoints = job.stage, job.run_dir / "checkpoints"
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "rows": ray.put(rows)},
+        scaling_config=ScalingConfig(
+            num_workers=stage.workers,
+            use_gpu=stage.resources.gpus > 0,
+            resources_per_worker={"CPU": stage.resources.cpus, "GPU": stage.resources.gpus},
+        ),
+        run_config=RunConfig(
+            name=run_name,
+            storage_path=str(checkpoints),
+            failure_config=FailureConfig(max_failures=stage.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        made = trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise _failure(error, job, checkpoints / run_name) from error
+    if not isinstance(made, dict):
+        raise RunFailed(f"stage {job.name}: Ray Train ended without a result from rank 0")
+    if made.get("error"):
+        raise RunFailed(f"stage {job.name}: {made['error']}; {_last_checkpoint(checkpoints / run_name)}")
+    return made
+
+
+def _failure(error: Exception, job: TrainJob, folder: Path) -> RunFailed:
+    """One line for a stage whose workers failed more often than allowed."""
+    failures = getattr(error, "worker_failures", None) or {}
+    rank, cause = next(iter(failures.items()), (None, error))
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    where = f"training worker {rank} of {job.stage.workers}" if rank is not None else "Ray Train"
+    return RunFailed(
+        f"stage {job.name}: {where} failed after {job.stage.max_failures} restarts: "
+        f"{lines[-1] if lines else type(cause).__name__}; {_last_checkpoint(folder)}"
+    )
+
+
+def _last_checkpoint(folder: Path) -> str:
+    kept = sorted(folder.glob("step-*"))
+    return f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
+
+
+def _summary(run_dir: RunDir, name: str) -> dict[str, float]:
+    """The stage's last metrics and its tokens in all."""
+    lines = [m for m in run_dir.all_metrics() if m["stage"] == name]
+    if not lines:
+        return {}
+    last = {k: v for k, v in lines[-1].items() if k not in ("time", "stage", "step")}
+    return last | {"first_loss": lines[0]["loss"], "tokens": sum(m.get("tokens", 0) for m in lines)}
