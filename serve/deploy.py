@@ -75,7 +75,37 @@ def stop(name: str) -> None:
     if name in applications:
         serve.delete(name)
     if not set(applications) - {name}:
-        serve.shutdown()
+        _end_ray_serve(deadline=time.monotonic() + 30)
+
+
+def _end_ray_serve(deadline: float) -> None:
+    """What `serve.shutdown` does, without the call that dies with the controller: Ray tells the user of each of those.
+
+    Raises `RunFailed` if the controller still lives at the deadline.
+    """
+    import ray
+    from ray.serve.context import _disconnect, _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=30)
+    while _get_controller():
+        if time.monotonic() > deadline:
+            raise RunFailed("Ray Serve did not end within 30 s: its controller still lives")
+        time.sleep(_POLL_SECONDS)
+    _disconnect()
+
+
+def _get_controller() -> Any:
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None
 
 
 def _deployment(config: ServeConfig, spec: ReplicaSpec, build: BuildEngine) -> Any:

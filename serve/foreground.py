@@ -15,7 +15,6 @@ from ..cluster.config import ClusterConfig
 from ..cluster.errors import InputError, NotFound
 from ..cluster.rundir import write_atomically
 from ..cluster.session import connect
-from . import deploy
 from .config import ServeConfig
 
 
@@ -40,6 +39,8 @@ def serving(
     `InputError` where a service for this registry is up already.
     """
     import psutil
+
+    from . import deploy
 
     if there := announced(registry):
         raise InputError(

@@ -3,15 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from fastapi import FastAPI
+from typing import TYPE_CHECKING, Literal
 
 from ..rollout.engine import Engine
 from ..rollout.engine_thread import EngineThread
-from .app import build_app
 from .registry import Registry
-from .service import Service
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +46,8 @@ class Replica:
     def __init__(self, spec: ReplicaSpec, build: BuildEngine = native_engine) -> None:
         from transformers import AutoTokenizer
 
+        from .service import Service
+
         registry = Registry(spec.registry)
         base = registry.resolve(spec.base)
         self._engine = EngineThread(lambda: build(spec, Path(base.path)))
@@ -57,7 +58,9 @@ class Replica:
             base=base,
         )
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        from .app import build_app
+
         return build_app(self._service)
 
     async def check_health(self) -> None:
