@@ -25,7 +25,7 @@ _BLOCK = 256
 _ONE_LEVEL = 1024
 """Vocabularies up to this size are searched with one cumulative sum, larger ones first by blocks."""
 _FIRST_GUESS = 1024
-"""Top-p sorts this many of the best tokens first, and the whole vocabulary only where they do not hold the mass."""
+"""Top-p sorts this many of the best tokens first, and more of them only where these do not hold the mass."""
 
 
 def _mix(value: int) -> int:
@@ -165,4 +165,4 @@ def _nucleus_scores(scores: "torch.Tensor", top_p: np.ndarray) -> "torch.Tensor"
         if width == scores.shape[1] or bool((sums[:, -1] >= wanted).all()):
             last = (sums < wanted[:, None]).sum(dim=1).clamp_(max=width - 1)
             return best.gather(1, last[:, None])[:, 0]
-        width = scores.shape[1]
+        width = min(16 * width, scores.shape[1])

@@ -29,7 +29,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "wide": {"r": 24},
         "few": {"targets": ["q_proj", "v_proj"]},
         "rslora": {"rslora": True},
-        "head": {"targets": ["down_proj", "lm_head"]},
+        "down": {"targets": ["down_proj"]},
     }
     return {
         name: (root / name, make_adapter(base, root / name, seed, **kind))

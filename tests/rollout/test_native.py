@@ -108,8 +108,16 @@ def test_logprobs_are_those_of_a_plain_forward(dtype: Any, tolerance: float, lla
             assert np.abs(completion.logprobs - expected.numpy()).max() < tolerance
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3-sliding", "gpt2"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("llama", "float32"),
+        ("llama", "bfloat16"),
+        ("qwen3", "float32"),
+        ("gemma3-sliding", "bfloat16"),
+        ("gpt2", "float32"),
+    ],
+)
 def test_any_company_slots_and_order_give_the_same_bits(dtype: Any, architecture: str, tmp_path: Path):
     folder = save_model(tmp_path / "model", architecture)
     adapters = {f"adapter-{i}": make_adapter(folder, tmp_path / str(i), i, r=r) for i, r in enumerate((4, 4, 20))}
@@ -125,7 +133,7 @@ def test_any_company_slots_and_order_give_the_same_bits(dtype: Any, architecture
             top_p=rng.choice((1.0, 0.8)),
             max_tokens=rng.choice((1, 2, 7, 20, 40)),
         )
-        for i in range(16)
+        for i in range(12)
     ]
 
     def engine(slots: int) -> NativeEngine:

@@ -11,9 +11,16 @@ from raylign.rollout.self_check import check_exactness
 from .models import make_adapter, save_model
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_passes_with_one_thread_and_with_adapters(dtype, tmp_path: Path):
-    torch.set_num_threads(1)
     folder = save_model(tmp_path / "model", "qwen3")
     engine = NativeEngine(folder, slots=10, max_length=64, dtype=dtype)
     check_exactness(engine)
@@ -24,7 +31,6 @@ def test_it_passes_with_one_thread_and_with_adapters(dtype, tmp_path: Path):
 
 
 def test_it_names_what_differs_when_arithmetic_depends_on_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    torch.set_num_threads(1)
     engine = NativeEngine(save_model(tmp_path, "llama"), slots=16, max_length=64)
     plain = torch.nn.Linear.forward
 
@@ -37,6 +43,5 @@ def test_it_names_what_differs_when_arithmetic_depends_on_the_rows(tmp_path: Pat
 
 
 def test_it_wants_an_idle_engine_and_works_in_a_short_cache(tmp_path: Path):
-    torch.set_num_threads(1)
     engine = NativeEngine(save_model(tmp_path, "llama"), slots=3, max_length=9)
     check_exactness(engine)
