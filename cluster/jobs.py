@@ -31,6 +31,11 @@ NOT_SENT = (".git", ".venv", "venv", "__pycache__", "/runs", "/wandb")
 """What stays behind when a working directory is sent, as .gitignore patterns."""
 
 _RUN, _ATTEMPT = "raylign_run", "raylign_attempt"
+_CHATTY = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _STOP_SECONDS = 30
 """How long a stopped run has for its checkpoint before Ray kills it."""
 
@@ -75,7 +80,8 @@ class Jobs:
     def _connect(self, host: str) -> "JobSubmissionClient":
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+        for chatty in _CHATTY:
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         token = read_token()
         headers = {"Authorization": f"Bearer {token}"} if token else None
         with _explained(self.address), _address_as_given(host):
@@ -217,8 +223,11 @@ class _Reader:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a URL points at this machine."""
-    host = urlsplit(address).hostname or ""
+    """Whether a URL points at this machine. Raises `InputError` if it is none."""
+    return _is_loopback(_host_and_port(address)[0])
+
+
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -304,7 +313,7 @@ def _explained(address: str) -> Iterator[None]:
 def _address_as_given(host: str) -> Iterator[None]:
     """Keep the environment from replacing the address: Ray prefers its own variables, `requests` a proxy."""
     hidden = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    if is_loopback(f"http://{host}"):
+    if _is_loopback(host):
         for name in ("NO_PROXY", "no_proxy"):
             os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
     try:

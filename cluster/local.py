@@ -27,7 +27,7 @@ from .rundir import write_atomically
 from .session import free_port, loopback_host
 
 _START_SECONDS = 120
-_READY_SECONDS = 60
+_READY_SECONDS = 120
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""The run directory: what is written whole, what survives a torn write, and one owner at a time."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from raylign.cluster.errors import InputError, NotFound
+from raylign.cluster.rundir import RunDir, write_atomically
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "recipe.yaml").write_text("name: one")
+    return RunDir.find(tmp_path, "one")
+
+
+def test_an_unknown_run_names_those_there_are(run: RunDir) -> None:
+    with pytest.raises(NotFound, match="there are one"):
+        RunDir.find(run.path.parent, "two")
+
+
+def test_desired_and_status_merge(run: RunDir) -> None:
+    assert run.desired() == {}
+    run.desire(rollout=4)
+    run.desire(stop=True)
+    assert run.desired() == {"rollout": 4, "stop": True}
+    run.update_status(step=1)
+    run.update_status(stage="grpo")
+    assert {k: run.status()[k] for k in ("step", "stage")} == {"step": 1, "stage": "grpo"}
+
+
+def test_a_torn_last_line_is_left_out_and_a_repeated_step_counts_once(run: RunDir) -> None:
+    run.metrics("grpo", 1, {"loss": 1.0})
+    run.metrics("grpo", 2, {"loss": 2.0})
+    run.metrics("grpo", 2, {"loss": 3.0})
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "grpo", "st')
+    assert [(m["step"], m["loss"]) for m in run.all_metrics()] == [(1, 1.0), (2, 3.0)]
+
+
+def test_writers_in_many_threads_lose_no_event(run: RunDir) -> None:
+    threads = [threading.Thread(target=lambda n=n: [run.event("e", n=n) for _ in range(50)]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(run.events("e")) == 200
+
+
+def test_an_atomic_write_that_fails_keeps_the_old_text(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, 5)  # type: ignore[arg-type]
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_one_process_holds_a_run(run: RunDir) -> None:
+    assert not run.held()
+    with run.hold():
+        assert run.held()
+        with pytest.raises(InputError, match="running already"), RunDir(run.path).hold():
+            pass
+    assert not run.held()

@@ -1,0 +1,74 @@
+"""Digests say what the bytes are; versions only grow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raylign.cluster.errors import InputError, RunFailed
+from raylign.cluster.weights import (
+    WeightStore,
+    WeightVersion,
+    adapter_digest,
+    load_adapter,
+    save_adapter,
+    tensors_digest,
+)
+
+TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q", "k"]}
+
+
+def test_the_digest_is_of_the_content() -> None:
+    again = {"b": TENSORS["b"].copy(), "a": np.asfortranarray(TENSORS["a"])}
+    assert tensors_digest(again) == tensors_digest(TENSORS)
+    for other in (
+        {**TENSORS, "a": TENSORS["a"].reshape(3, 2)},
+        {**TENSORS, "a": TENSORS["a"].astype(np.float64)},
+        {"c": TENSORS["a"], "b": TENSORS["b"]},
+        {**TENSORS, "b": np.array([1, np.nextafter(np.float32(1), np.float32(2))], np.float32)},
+    ):
+        assert tensors_digest(other) != tensors_digest(TENSORS)
+
+
+def test_scale_targets_and_base_are_part_of_an_adapter() -> None:
+    digest = adapter_digest(TENSORS, CONFIG, "base")
+    assert adapter_digest(TENSORS, CONFIG | {"target_modules": {"k", "q"}, "inference_mode": True}, "base") == digest
+    assert adapter_digest(TENSORS, CONFIG | {"lora_alpha": 8}, "base") != digest
+    assert adapter_digest(TENSORS, CONFIG, "other") != digest
+
+
+def test_an_adapter_folder_is_written_once_and_reads_back(tmp_path: Path) -> None:
+    digest, folder = save_adapter(tmp_path, TENSORS, CONFIG, {"base_digest": "base"})
+    assert folder.name == digest == adapter_digest(TENSORS, CONFIG, "base")
+    before = (folder / "adapter_model.safetensors").stat().st_mtime_ns
+    assert save_adapter(tmp_path, TENSORS, CONFIG, {"base_digest": "base"}) == (digest, folder)
+    assert (folder / "adapter_model.safetensors").stat().st_mtime_ns == before
+    tensors, config = load_adapter(folder)
+    assert adapter_digest(tensors, config, "base") == digest
+    assert [p.name for p in tmp_path.iterdir()] == [digest]
+
+
+def test_pickled_adapters_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors"):
+        load_adapter(tmp_path)
+
+
+def version(number: int, digest: str) -> WeightVersion:
+    return WeightVersion(version=number, digest=digest, ref=None, config={}, base="b")
+
+
+def test_versions_grow_and_an_update_must_show() -> None:
+    store = WeightStore()
+    with pytest.raises(RunFailed, match="no weights"):
+        _ = store.current
+    store.publish(version(0, "a"), changed=False)
+    store.publish(version(1, "a"), changed=False)  # a step without any variance
+    with pytest.raises(RunFailed, match="after a non-zero update"):
+        store.publish(version(2, "a"), changed=True)
+    store.publish(version(2, "b"), changed=True)
+    with pytest.raises(RunFailed, match="does not follow"):
+        store.publish(version(2, "c"), changed=True)
+    assert store.current.digest == "b"
