@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cluster.errors import DoesNotFit, InputError, RunFailed
+from ..cluster.placement import Demand, offers, plan
 from .config import ServeConfig
 from .registry import Registry
 from .replica import BuildEngine, ReplicaSpec, native_engine
@@ -31,12 +32,14 @@ def start(
 
     One Ray has one HTTP port: the first service takes its root, further ones get `/<name>`. A service of that name that
     already runs is replaced. Raises `InputError` for a host other than loopback (there are no API keys yet) or a port
-    that is taken, `DoesNotFit` when no replica found a place within `timeout` seconds, `RunFailed` when one failed.
+    that is taken, `DoesNotFit` when replicas are larger than the cluster, or found no place within `timeout` seconds,
+    `RunFailed` when one failed.
     """
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _check_host(config.host)
+    plan([Demand("serve replica", config.replicas, config.resources.cpus, config.resources.gpus)], offers())
     entry = Registry(registry).register_base(base)
     spec = ReplicaSpec(
         base=entry.digest,

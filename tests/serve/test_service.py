@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_client_that_leaves_frees_its_rows(url: str, stream: bool) -> None:
     began = time.monotonic()
     asyncio.run(leave())
     assert _engine_is(url, busy=False, seconds=10)
-    assert time.monotonic() - began < 2.5, "4000 tokens of 16 rows take longer than that to their end"
+    assert time.monotonic() - began < 5, "4000 tokens of 16 rows take longer than that to their end"
 
 
 def _engine_is(url: str, *, busy: bool, seconds: float) -> bool:
@@ -238,8 +239,33 @@ def test_a_service_without_a_place_says_what_it_asked_for(url: str, shelf: Shelf
     from raylign.cluster.config import Resources
 
     config = ServeConfig(alias="a", resources=Resources(cpus=1000))
-    with pytest.raises(DoesNotFit, match="1 replicas with 1000 CPUs"):
+    with pytest.raises(DoesNotFit, match=r"serve replica 1 × 1000 CPU"):
         start(config, name="huge", base=Path(shelf.base.path), registry=shelf.registry.root, timeout=3)
+
+
+def test_a_service_finds_no_room_beside_others(url: str, ray_session: str, shelf: Shelf) -> None:
+    import ray
+    from raylign.cluster.config import Resources
+
+    room = int(ray.cluster_resources()["CPU"])
+    config = ServeConfig(alias="a", resources=Resources(cpus=room))
+    with pytest.raises(DoesNotFit, match=f"'large' has no place: 1 replicas with {room} CPUs"):
+        start(config, name="large", base=Path(shelf.base.path), registry=shelf.registry.root, timeout=3)
+
+
+def test_a_port_that_is_taken_is_refused(shelf: Shelf) -> None:
+    from raylign.serve.deploy import _free_port
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"serve.port {port} on 127.0.0.1 can't be used"):
+            _free_port("127.0.0.1", port)
+
+
+def test_a_second_port_on_one_ray_is_refused(url: str, shelf: Shelf) -> None:
+    config = ServeConfig(alias="a", port=1)
+    with pytest.raises(InputError, match=f"serve.port 1: this Ray already serves on port {url.rsplit(':', 1)[1]}"):
+        start(config, name="other", base=Path(shelf.base.path), registry=shelf.registry.root)
 
 
 def test_two_services_share_a_ray(url: str, client: openai.OpenAI, shelf: Shelf) -> None:
