@@ -9,7 +9,21 @@ import typer
 from ..cluster.errors import RaylignError
 from .output import notes
 
-VERBS = ("run", "check", "status", "stop", "resume", "scale")
+VERBS = (
+    "run",
+    "check",
+    "status",
+    "stop",
+    "resume",
+    "scale",
+    "submit",
+    "logs",
+    "up",
+    "down",
+    "serve",
+    "query",
+    "models",
+)
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 
 app = typer.Typer(
