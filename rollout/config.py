@@ -41,7 +41,7 @@ class RewardBase(Config):
     """The name in metrics; the type or the function's name by default."""
     weight: float = 1.0
     timeout_seconds: float = Field(default=10.0, gt=0)
-    """Per completion; a reward that takes longer counts as an error."""
+    """Per completion; a reward that takes longer counts as an error (math: as 0, since models do write `10^10^10`)."""
 
 
 class FunctionReward(RewardBase):

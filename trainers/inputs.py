@@ -6,7 +6,8 @@ from pathlib import Path
 
 from ..cluster.errors import InputError
 from ..rollout.config import MathReward, RewardConfig
-from ..rollout.rewards import build_reward, check_names
+from ..rollout.reward_process import BoundedReward
+from ..rollout.rewards import check_names
 from .config import ModelConfig, RunConfig, stage_name
 from .data import Row, kind_of_stage, load_rows
 from .proof import Proof, prove_stage, refuse_overlap
@@ -88,13 +89,14 @@ def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
 
 
 def _check_rewards(config: RunConfig) -> None:
-    """Every reward loads here as it will in its actor."""
+    """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us."""
     lists = [s.rewards for s in config.stages if isinstance(s, GrpoStage)]
     lists += [config.evaluation.rewards] if config.evaluation else []
     for rewards in lists:
         check_names(rewards)
         for reward in rewards:
-            build_reward(reward, Path("/"))
+            with BoundedReward(reward, Path("/")) as bounded:
+                bounded.wait_ready()
 
 
 def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> None:
@@ -104,4 +106,3 @@ def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> N
         for number, row in enumerate(rows, 1):
             if reward.answer not in row:
                 raise InputError(f"{path}, row {number}: the math reward's column {reward.answer!r} is missing")
-

@@ -152,7 +152,7 @@ class OnlineLoop:
     def _record(self, step: int, groups: list[Group], varies: np.ndarray, learned: dict[str, float]) -> None:
         sound = [g for g in groups if not g.error]
         seconds = sum(self._phases.values())
-        metrics = (rollout_metrics(sound, varies) if sound else {}) | learned
+        metrics = (rollout_metrics(sound, varies) if sound else {}) | learned | self._roles.scoring_troubles()
         metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
         metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
         metrics["groups/error"] = float(len(groups) - len(sound))

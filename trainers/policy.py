@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from ..cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_di
 from .batch import TrainSample, micro_batches
 from .schedule import learning_rate
 from .stages import GrpoStage
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Policy:
 
     def __init__(self, spec: PolicySpec) -> None:
         import torch
+        from torch import nn
 
         from .adapters import open_model
 
@@ -38,10 +42,8 @@ class Policy:
         torch.manual_seed(spec.seed)
         self._spec = spec
         self._device = _device(spec.stage.policy.gpus)
-        self._model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).to(
-            self._device
-        )
-        self._model.train()
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
+        self._model: nn.Module = nn.Module.to(model, self._device).train()
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),
@@ -106,7 +108,7 @@ class Policy:
         return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
 
     def export(self) -> tuple[Tensors, dict[str, Any], str]:
-        """What the rollout side needs of the weights: adapter tensors and PEFT config (or all tensors and `{}`), digest."""
+        """What rollouts need of the weights: adapter tensors, PEFT config (or all tensors and `{}`), and their digest."""
         from .adapters import export_weights
 
         tensors, config = export_weights(self._model)
@@ -153,6 +155,7 @@ class Reference:
 
     def __init__(self, spec: PolicySpec) -> None:
         import torch
+        from torch import nn
 
         from .adapters import open_model
 
@@ -160,7 +163,7 @@ class Reference:
         self._spec = spec
         self._device = _device(spec.stage.reference.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model = model.to(self._device).eval()
+        self._model: nn.Module = nn.Module.to(model, self._device).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""

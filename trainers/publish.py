@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.rundir import RunDir
-from ..rollout.rewards import build_reward
+from ..rollout.reward_process import BoundedReward
 from ..serve import deploy
 from ..serve.registry import Registry
 from .config import EvaluationConfig, RunConfig
@@ -71,25 +71,25 @@ def _evaluate(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Accuracy of every model at every temperature; `before` is the model the last stage began with."""
-    reward = build_reward(evaluation.rewards[0], Path("/"))
     models: dict[str, dict[str, Any]] = {}
-    for name in names:
-        say(f"asking {name}")
-        models[name] = {"n": len(inputs.evaluation)}
-        for temperature in evaluation.temperatures:
-            stop_if_asked(run)
-            asked = evaluate(
-                url,
-                name,
-                inputs.evaluation,
-                grade=reward.score,
-                temperature=temperature,
-                max_tokens=evaluation.max_tokens,
-                concurrency=evaluation.concurrency,
-                seed=seed,
-            )
-            models[name][_label(temperature)] = asked["accuracy"]
-            models[name].setdefault("examples", asked["examples"][:3])
+    with BoundedReward(evaluation.rewards[0], Path("/")) as reward:
+        for name in names:
+            say(f"asking {name}")
+            models[name] = {"n": len(inputs.evaluation)}
+            for temperature in evaluation.temperatures:
+                stop_if_asked(run)
+                asked = evaluate(
+                    url,
+                    name,
+                    inputs.evaluation,
+                    grade=reward.score,
+                    temperature=temperature,
+                    max_tokens=evaluation.max_tokens,
+                    concurrency=evaluation.concurrency,
+                    seed=seed,
+                )
+                models[name][_label(temperature)] = asked["accuracy"]
+                models[name].setdefault("examples", asked["examples"][:3])
     return {
         "before": _scores(models[names[-2 if len(names) > 1 else -1]]),
         "after": _scores(models[names[-1]]),

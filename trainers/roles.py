@@ -1,5 +1,6 @@
 """The actors of an online stage besides the rollout pool: policy, reference and reward."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ class Roles:
         for i, ref in enumerate(refs):
             what = f"step {groups[i].step} group {groups[i].index}"
             yield calls.get(ref, actor=f"reward-{i % len(self._scorers)}", what=what, timeout=self._timeout)
+
+    def scoring_troubles(self) -> dict[str, float]:
+        """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
+        counts: Counter[str] = Counter()
+        for i, scorer in enumerate(self._scorers):
+            name = f"reward-{i}"
+            counts.update(calls.get(scorer.counters.remote(), actor=name, what="its counters", timeout=self._timeout))
+        return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
     def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """The reference's log-probs `[T]` of each sample."""

@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from raylign.cluster.errors import InputError, NotFound
 from raylign.cluster.rundir import RunDir, write_atomically
 

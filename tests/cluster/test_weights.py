@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from raylign.cluster.errors import InputError, RunFailed
 from raylign.cluster.weights import (
     WeightStore,
