@@ -43,6 +43,9 @@ class EngineThread:
             except RaylignError as error:
                 listener(error)
                 return
+            except Exception as error:  # noqa: BLE001  whatever it is, its caller waits for an answer
+                listener(RunFailed(f"the engine failed on a request: {type(error).__name__}: {error}"))
+                return
             self._listeners[request.request_id] = listener
             self._unfinished[request.request_id] = request.n
 

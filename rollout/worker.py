@@ -100,7 +100,7 @@ class RolloutWorker:
                 tokens=c.tokens,
                 logprobs=c.logprobs,
                 finish_reason=c.finish_reason,
-                text=self._tokenizer.decode(self._without_stop(c), skip_special_tokens=False),
+                text=self._tokenizer.decode(self._without_stop(c), skip_special_tokens=True),
             )
             for c in completions
         )

@@ -67,6 +67,9 @@ class RunConfig(Config):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give one of them a name of its own")
+        longest = max((f"{self.name}-{n}" for n in [*names, "base"]), key=len)
+        if self.serve and len(longest) > 64:
+            raise ValueError(f"{longest!r} would name a served model, but is longer than 64 characters: shorten name")
         if self.evaluation and not self.serve:
             raise ValueError("evaluation asks the served models: add a serve section with an alias")
         if self.model.init == "random" and self.stages[0].type != "cpt":
