@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, written beside its place, fsynced, renamed; one without a valid manifest does not exist."""
+"""Checkpoints: a folder a step, written beside its place, fsynced, renamed; valid only with its manifest of digests."""
 
 import hashlib
 import json

@@ -40,8 +40,8 @@ def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Literal["k1
 def clipped_objective(ratio_BT: Tensor, advantages_BT: Tensor, low: float, high: float, dual: float | None) -> Tensor:
     """PPO's clipped surrogate, to be minimised, with separate bounds (DAPO 2503.14476) and a dual clip (1912.09729).
 
-    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio cannot
-    dominate the step.
+    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio
+    cannot dominate the step.
     """
     plain = -ratio_BT * advantages_BT
     clipped = -ratio_BT.clamp(1 - low, 1 + high) * advantages_BT

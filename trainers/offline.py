@@ -1,8 +1,8 @@
 """The stages on Ray Train: continued pre-training, supervised fine-tuning, preference optimization.
 
-The driver's half: it settles which model the stage starts from, which rows each step takes, and where
-the outcome goes; the workers (train_worker.py) train. Ray Train restarts the workers from the last
-checkpoint when one dies, and finds the same checkpoint when a later process runs the stage again.
+The driver's half: it settles which model the stage starts from, which rows each step takes, and where the outcome goes;
+the workers (train_worker.py) train. Ray Train restarts the workers from the last checkpoint when one dies, and finds the
+same checkpoint when a later process runs the stage again.
 """
 
 import math
@@ -17,6 +17,7 @@ from ..cluster.errors import DoesNotFit, InputError, RunFailed
 from ..cluster.rundir import RunDir
 from .adapters import check_adapter, merge_adapter
 from .config import stage_name
+from .model_state import ModelState
 from .proof import EncodedRow
 from .schedule import prompts_of_step
 from .stages import CptStage, DpoStage, LoraConfig, SftStage
@@ -33,14 +34,6 @@ checkpoints cost 20 s."""
 
 
 @dataclass(frozen=True, slots=True)
-class ModelState:
-    """A model between stages: a Hugging Face folder, and the PEFT folder of the adapter on it, if any."""
-
-    base: Path
-    adapter: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class StageOutcome:
     """What a stage made; `stopped` when it ended early because that was asked, with a checkpoint to go on from."""
 
@@ -50,6 +43,8 @@ class StageOutcome:
     steps: int
     seconds: float
     stopped: bool
+    restarts: int = 0
+    """How often Ray Train started the workers again after one died."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +102,7 @@ def run_offline_stage(
         steps=made["step"],
         seconds=time.time() - began,
         stopped=made["stopped"],
+        restarts=_starts(run_dir, name, began) - 1,
     )
 
 
@@ -217,6 +213,12 @@ def _failure(error: Exception, job: TrainJob, folder: Path) -> RunFailed:
 def _last_checkpoint(folder: Path) -> str:
     kept = sorted(folder.glob("step-*"))
     return f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint had been written"
+
+
+def _starts(run_dir: RunDir, name: str, since: float) -> int:
+    """How often the workers of a stage were started since then."""
+    starts = [e for e in run_dir.events("worker") if e.get("role") == "train" and e["stage"] == name]
+    return max(1, sum(e["rank"] == 0 and e["time"] >= since for e in starts))
 
 
 def _summary(run_dir: RunDir, name: str) -> dict[str, float]:

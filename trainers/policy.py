@@ -108,7 +108,7 @@ class Policy:
         return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
 
     def export(self) -> tuple[Tensors, dict[str, Any], str]:
-        """What rollouts need of the weights: adapter tensors, PEFT config (or all tensors and `{}`), and their digest."""
+        """What rollouts need: adapter tensors and PEFT config (or all tensors and `{}`), and their digest."""
         from .adapters import export_weights
 
         tensors, config = export_weights(self._model)

@@ -118,13 +118,10 @@ def _place_in_data(loc: tuple[Any, ...], data: Any) -> Place:
     """Pydantic's place without the union tags it inserts."""
     place: list[str | int] = []
     for part in loc:
-        if isinstance(data, dict) and part in data:
+        known = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
+        if part in known:
             data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            data = data[part]
-        else:
-            continue
-        place.append(part)
+            place.append(part)
     return tuple(place)
 
 

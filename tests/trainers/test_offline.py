@@ -17,8 +17,8 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, load_adapter
 from raylign.trainers.adapters import open_base, open_model
 from raylign.trainers.data import kind_of_stage, load_rows
+from raylign.trainers.model_state import ModelState
 from raylign.trainers.offline import (
-    ModelState,
     OfflineStage,
     StageOutcome,
     row_order,
@@ -114,7 +114,7 @@ def test_a_killed_worker_changes_nothing(
     killer.start()
     outcome = run(CPT, TEXTS, ModelState(tiny_model), tmp_path, init_random=True)
     killer.join()
-    assert len(RunDir(tmp_path).events("worker")) >= 4, "no worker was restarted"
+    assert outcome.restarts == 1
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
     assert same(weights(outcome.base), weights(undisturbed[1].base))
 
@@ -182,7 +182,8 @@ def test_an_adapter_block_puts_the_former_adapter_into_a_new_base(
     tuned: tuple[Path, StageOutcome], ray_session: str, tmp_path: Path
 ) -> None:
     import torch
-    from raylign.trainers.offline import _starting_model
+    from raylign.trainers.model_state import ModelState
+from raylign.trainers.offline import _starting_model
 
     before = ModelState(tuned[1].base, tuned[1].adapter)
     given = {"index": 1, "name": "again", "run_dir": RunDir(tmp_path), "init_random": False}
