@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench clean
+.PHONY: install quickstart test check clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -17,8 +17,14 @@ def resume(
 
     Example: raylign resume quickstart
     """
+    from ..cluster.errors import InputError
     from ..cluster.rundir import RunDir
     from ..trainers.recipe import load_recipe
 
     directory = RunDir.find((storage or Path("runs")).resolve(), run)
+    if (directory / "submission.json").exists():
+        raise InputError(
+            f"run {run!r} was submitted as a job: submit its recipe again (`raylign submit RECIPE --name {run}`), "
+            "it goes on from its last checkpoint there"
+        )
     go(load_recipe(directory / "recipe.yaml"), directory, json=json)

@@ -1,5 +1,6 @@
 """`raylign status`: where runs are."""
 
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,8 @@ def _facts(directory: Any) -> dict[str, Any]:
     facts = {key: state.get(key) for key in ("status", "reason", "stage", "step", "steps")}
     facts |= {"workers": state.get("workers", {}), "wanted": state.get("wanted", {}), "groups": state.get("groups", {})}
     facts |= {"metrics": state.get("metrics", {}), "since": state.get("updated"), "address": state.get("address")}
-    if facts["status"] in ("running", "starting") and not directory.held():
+    here = state.get("host") == socket.gethostname()  # a lock tells nothing of another machine's processes
+    if facts["status"] in ("running", "starting") and here and not directory.held():
         facts["status"] = "lost"
         facts["reason"] = f"its process is gone: `raylign resume {directory.name}` goes on from the last checkpoint"
     return {"run": directory.name, **facts}

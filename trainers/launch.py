@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +76,7 @@ def launch(config: RunConfig, run: RunDir, say: Say) -> dict[str, Any]:
                 shutil.rmtree(run.path, ignore_errors=True)
             raise
         run.event("run_began", resumed=not fresh, seed=config.seed)
-        run.update_status(run=run.name, status="starting", reason="", pid=os.getpid())
+        run.update_status(run=run.name, status="starting", reason="", pid=os.getpid(), host=socket.gethostname())
         return _conclude_failures(config, run, lambda: _run_on_ray(config, run, inputs, say))
 
 
