@@ -1,8 +1,8 @@
 """The stages on Ray Train: continued pre-training, supervised fine-tuning, preference optimization.
 
 The driver's half: it settles which model the stage starts from, which rows each step takes, and where the outcome goes;
-the workers (train_worker.py) train. Ray Train restarts the workers from the last checkpoint when one dies, and finds the
-same checkpoint when a later process runs the stage again.
+the workers (train_worker.py) train. Ray Train restarts the workers from the last checkpoint when one dies, and finds
+the same checkpoint when a later process runs the stage again.
 """
 
 import math
@@ -80,7 +80,7 @@ def run_offline_stage(
     """
     name = stage_name(stage)
     _require_room(stage, name)
-    start = _starting_model(stage, index=index, name=name, model=model, run_dir=run_dir, init_random=init_random)
+    start = starting_model(stage, index=index, name=name, model=model, run_dir=run_dir, init_random=init_random)
     root = run_dir.path.resolve()
     job = TrainJob(
         stage=stage,
@@ -106,7 +106,7 @@ def run_offline_stage(
     )
 
 
-def _starting_model(
+def starting_model(
     stage: OfflineStage, *, index: int, name: str, model: ModelState, run_dir: RunDir, init_random: bool
 ) -> ModelState:
     """The model a stage trains: a former adapter is merged unless the stage goes on training it."""

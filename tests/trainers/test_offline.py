@@ -23,6 +23,7 @@ from raylign.trainers.offline import (
     StageOutcome,
     row_order,
     run_offline_stage,
+    starting_model,
 )
 from raylign.trainers.proof import prove_stage
 from raylign.trainers.recipe import load_recipe
@@ -182,12 +183,10 @@ def test_an_adapter_block_puts_the_former_adapter_into_a_new_base(
     tuned: tuple[Path, StageOutcome], ray_session: str, tmp_path: Path
 ) -> None:
     import torch
-    from raylign.trainers.model_state import ModelState
-from raylign.trainers.offline import _starting_model
 
     before = ModelState(tuned[1].base, tuned[1].adapter)
     given = {"index": 1, "name": "again", "run_dir": RunDir(tmp_path), "init_random": False}
-    start = _starting_model(SFT, model=before, **given)
+    start = starting_model(SFT, model=before, **given)
     assert start == ModelState(tmp_path / "models" / "1-again-base")
     ids = torch.tensor([[1, 5, 9, 2]])
     with torch.no_grad():
