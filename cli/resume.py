@@ -19,10 +19,12 @@ def resume(
     """
     from ..cluster.errors import InputError
     from ..cluster.rundir import RunDir
+    from ..cluster.submission import Submission
     from ..trainers.recipe import load_recipe
 
-    directory = RunDir.find((storage or Path("runs")).resolve(), run)
-    if (directory / "submission.json").exists():
+    root = (storage or Path("runs")).resolve()
+    directory = RunDir.find(root, run)
+    if Submission.load(root, run):
         raise InputError(
             f"run {run!r} was submitted as a job: submit its recipe again (`raylign submit RECIPE --name {run}`), "
             "it goes on from its last checkpoint there"

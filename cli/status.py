@@ -26,7 +26,7 @@ def status(
         found = [_facts(RunDir(p.parent)) for p in sorted(root.glob("*/recipe.yaml"))]
         print_json(found) if json else _print_all(found)
         return
-    facts = _facts(RunDir.find(root, run))
+    facts = _job(root, run) or _facts(RunDir.find(root, run))
     print_json(facts) if json else _print_one(facts)
 
 
@@ -40,6 +40,27 @@ def _facts(directory: Any) -> dict[str, Any]:
         facts["status"] = "lost"
         facts["reason"] = f"its process is gone: `raylign resume {directory.name}` goes on from the last checkpoint"
     return {"run": directory.name, **facts}
+
+
+def _job(root: Path, run: str) -> dict[str, Any] | None:
+    """A submitted run that has no directory yet (it is pending, or could not begin): what its cluster says."""
+    from ..cluster.submission import Submission
+
+    submission = Submission.load(root, run)
+    if submission is None or (root / run / "recipe.yaml").exists():
+        return None
+    from ..cluster.jobs import Jobs
+
+    job = Jobs(submission.address).status(submission.submission_id)
+    empty = {"stage": None, "step": None, "steps": None, "workers": {}, "wanted": {}, "groups": {}, "metrics": {}}
+    return {
+        "run": run,
+        "status": job.status,
+        "reason": job.message,
+        **empty,
+        "since": None,
+        "address": job.submission_id,
+    }
 
 
 def _print_all(found: list[dict[str, Any]]) -> None:
