@@ -59,7 +59,7 @@ def _job(root: Path, run: str) -> dict[str, Any] | None:
         "reason": job.message,
         **empty,
         "since": None,
-        "address": job.submission_id,
+        "address": submission.address,
     }
 
 

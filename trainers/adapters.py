@@ -25,15 +25,14 @@ _PREFIX = "base_model.model."
 def open_model(
     base: Path, adapter: Path | None, lora: LoraConfig | None, *, seed: int, dtype: str = "float32"
 ) -> "PreTrainedModel":
-    """A base with a trainable adapter: the folder's if one is given, else `lora`'s (new, from the seed, or its `path`).
+    """A base with a trainable adapter: the folder's if one is given, else a new one as `lora` says, from the seed.
 
     Without either all parameters train. Raises `InputError` where base or adapter cannot be read or do not fit.
     """
     model = open_base(base, dtype=dtype)
-    folder = adapter or (Path(lora.path) if lora and lora.path else None)
-    if folder:
-        check_adapter(folder, base)
-        return _attach(model, folder)
+    if adapter:
+        check_adapter(adapter, base)
+        return _attach(model, adapter)
     return _new_adapter(model, lora, seed) if lora else model
 
 

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..cluster.rundir import RunDir
+from .adapters import check_adapter, merge_adapter
+from .config import stage_name
+from .stages import CptStage, StageConfig
+
 
 @dataclass(frozen=True, slots=True)
 class ModelState:
@@ -31,3 +36,21 @@ class StageOutcome:
     """Weight version published last; 0 for an offline stage."""
     workers: tuple[int, int] = (1, 1)
     """Fewest and most workers seen."""
+
+
+def starting_model(stage: StageConfig, index: int, model: ModelState, run: RunDir) -> ModelState:
+    """The model a stage trains, given what the stage before left.
+
+    A stage without an adapter block goes on training the adapter it gets. One with a block, and `cpt`, which trains all
+    weights, start from the former adapter merged into a new base (in float32, written once), and with the block's own
+    `path` if it has one. Raises `InputError` where an adapter does not fit its base.
+    """
+    own = None if isinstance(stage, CptStage) else stage.adapter
+    if model.adapter and (own or isinstance(stage, CptStage)):
+        merged = run / "models" / f"{index}-{stage_name(stage)}-base"
+        model = ModelState(merged if merged.exists() else merge_adapter(model.base, model.adapter, merged))
+    if own and own.path:
+        model = ModelState(model.base, Path(own.path))
+    if model.adapter:
+        check_adapter(model.adapter, model.base)
+    return model

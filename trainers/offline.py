@@ -1,8 +1,8 @@
 """The stages on Ray Train: continued pre-training, supervised fine-tuning, preference optimization.
 
-The driver's half: it settles which model the stage starts from, which rows each step takes, and where the outcome goes;
-the workers (train_worker.py) train. Ray Train restarts the workers from the last checkpoint when one dies, and finds
-the same checkpoint when a later process runs the stage again.
+The driver's half: it settles which rows each step takes and where the outcome goes; the workers (train_worker.py)
+train. Ray Train restarts them from the last checkpoint when one dies, and finds the same checkpoint when a later
+process runs the stage again.
 """
 
 import math
@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cluster.errors import DoesNotFit, InputError, RunFailed
+from ..cluster.errors import DoesNotFit, RunFailed
 from ..cluster.rundir import RunDir
-from .adapters import check_adapter, merge_adapter
 from .config import stage_name
-from .model_state import ModelState
+from .model_state import ModelState, StageOutcome
 from .proof import EncodedRow
 from .schedule import prompts_of_step
-from .stages import CptStage, DpoStage, LoraConfig, SftStage
+from .stages import CptStage, DpoStage, SftStage
 from .template import Encoded
 
 if TYPE_CHECKING:
@@ -31,20 +30,6 @@ OfflineStage = CptStage | SftStage | DpoStage
 _POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 """How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
 checkpoints cost 20 s."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageOutcome:
-    """What a stage made; `stopped` when it ended early because that was asked, with a checkpoint to go on from."""
-
-    base: Path
-    adapter: Path | None
-    metrics: dict[str, float]
-    steps: int
-    seconds: float
-    stopped: bool
-    restarts: int = 0
-    """How often Ray Train started the workers again after one died."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +59,19 @@ def run_offline_stage(
 ) -> StageOutcome:
     """Train one stage on the rows its proof encoded, on the Ray cluster this process is connected to.
 
+    `model` is what `starting_model` gave: with its adapter training goes on, without one the stage's own is new.
     Blocks until the stage is done or `run_dir.desired()["stop"]` ended it. Call it off the main thread, where Ray
     Train would take Ctrl-C for itself. Run again after a stop or a crash it goes on from the last checkpoint.
     Raises `InputError`, `DoesNotFit`, or `RunFailed` with the last checkpoint's place.
     """
     name = stage_name(stage)
     _require_room(stage, name)
-    start = starting_model(stage, index=index, name=name, model=model, run_dir=run_dir, init_random=init_random)
     root = run_dir.path.resolve()
     job = TrainJob(
         stage=stage,
         name=name,
-        base=start.base.resolve(),
-        adapter=start.adapter.resolve() if start.adapter else None,
+        base=model.base.resolve(),
+        adapter=model.adapter.resolve() if model.adapter else None,
         init_random=init_random,
         seed=seed,
         steps=stage.steps or math.ceil(len(encoded) / stage.batch_size),
@@ -96,34 +81,14 @@ def run_offline_stage(
     began = time.time()
     made = _fit(job, rows_table(encoded), f"{index}-{name}")
     return StageOutcome(
-        base=Path(made["base"]),
-        adapter=Path(made["adapter"]) if made["adapter"] else None,
+        model=ModelState(Path(made["base"]), Path(made["adapter"]) if made["adapter"] else None),
         metrics=_summary(run_dir, name),
         steps=made["step"],
         seconds=time.time() - began,
         stopped=made["stopped"],
         restarts=_starts(run_dir, name, began) - 1,
+        workers=(stage.workers, stage.workers),
     )
-
-
-def starting_model(
-    stage: OfflineStage, *, index: int, name: str, model: ModelState, run_dir: RunDir, init_random: bool
-) -> ModelState:
-    """The model a stage trains: a former adapter is merged unless the stage goes on training it."""
-    lora = _lora(stage)
-    if model.adapter and (lora or isinstance(stage, CptStage)):
-        out = run_dir / "models" / f"{index}-{name}-base"
-        return ModelState(out if out.exists() else merge_adapter(model.base, model.adapter, out))
-    if init_random and not (model.base / "config.json").exists():
-        raise InputError(f"{model.base} has no config.json to build random weights from")
-    folder = model.adapter or (Path(lora.path) if lora and lora.path else None)
-    if folder:
-        check_adapter(folder, model.base)
-    return model
-
-
-def _lora(stage: OfflineStage) -> LoraConfig | None:
-    return None if isinstance(stage, CptStage) else stage.adapter
 
 
 def _require_room(stage: OfflineStage, name: str) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -34,14 +33,18 @@ def run_online_stage(
 ) -> StageOutcome:
     """Train with separate policy, reference, reward and rollout actors; ends them whatever happens.
 
-    `model` is what the stage goes on from: a former adapter has been merged already if the stage brings its own.
+    `model` is what `starting_model` gave.
     """
     began = time.time()
     name = stage_name(stage)
     digest = base_digest(model.base)
-    adapter = model.adapter or (Path(stage.adapter.path) if stage.adapter and stage.adapter.path else None)
     spec = PolicySpec(
-        base=model.base, base_digest=digest, adapter=adapter, stage=stage, seed=config.seed, dtype=config.model.dtype
+        base=model.base,
+        base_digest=digest,
+        adapter=model.adapter,
+        stage=stage,
+        seed=config.seed,
+        dtype=config.model.dtype,
     )
     worker = WorkerSpec(
         base=model.base,

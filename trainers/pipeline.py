@@ -12,12 +12,10 @@ from typing import Any
 
 from ..cluster.placement import Demand, Offer, plan
 from ..cluster.rundir import RunDir, write_atomically
-from . import offline
-from .adapters import merge_adapter
 from .config import RunConfig, stage_name
 from .inputs import Inputs
 from .memory import PeakMemory
-from .model_state import ModelState, StageOutcome
+from .model_state import ModelState, StageOutcome, starting_model
 from .offline import run_offline_stage
 from .online_stage import run_online_stage
 from .publish import publish, serve_and_evaluate
@@ -155,7 +153,7 @@ def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker
         say(f"stage {index + 1}/{len(config.stages)}: {name}")
         run.event("stage_began", stage=name)
         run.update_status(status="running", stage=name, step=0, steps=stage.steps)
-        start = _starting_model(config, run, stage, index, model or ModelState(inputs.model))
+        start = starting_model(stage, index, model or ModelState(inputs.model), run)
         outcome = _run_stage(config, stage, index, start, inputs, run, tracker)
         if outcome.stopped:
             raise StopRequested
@@ -163,16 +161,6 @@ def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker
         done.append(_note(name, stage.type, outcome))
         write_atomically(run / "progress.json", json.dumps([asdict(d) for d in done], indent=1))
         run.event("stage_ended", stage=name, seconds=outcome.seconds)
-
-
-def _starting_model(config: RunConfig, run: RunDir, stage: StageConfig, index: int, model: ModelState) -> ModelState:
-    """A stage that brings an adapter of its own starts from the former one merged into a new base."""
-    if model.adapter and getattr(stage, "adapter", None):
-        merged = run / "models" / f"{index}-start"
-        if not merged.exists():
-            merge_adapter(model.base, model.adapter, merged)
-        return ModelState(merged)
-    return model
 
 
 def _run_stage(
@@ -190,22 +178,14 @@ def _run_stage(
             run,
             on_metrics=lambda step, metrics: tracker.log(step, metrics, name),
         )
-    random = index == 0 and config.model.init == "random"
-    made = run_offline_stage(
+    return run_offline_stage(
         stage,
         index=index,
-        model=offline.ModelState(model.base, model.adapter),
+        model=model,
         encoded=given.proof.require(),
         seed=config.seed,
         run_dir=run,
-        init_random=random,
-    )
-    return StageOutcome(
-        model=ModelState(made.base, made.adapter),
-        metrics=made.metrics,
-        steps=made.steps,
-        seconds=made.seconds,
-        stopped=made.stopped,
+        init_random=index == 0 and config.model.init == "random",
     )
 
 

@@ -17,13 +17,11 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, load_adapter
 from raylign.trainers.adapters import open_base, open_model
 from raylign.trainers.data import kind_of_stage, load_rows
-from raylign.trainers.model_state import ModelState
+from raylign.trainers.model_state import ModelState, StageOutcome, starting_model
 from raylign.trainers.offline import (
     OfflineStage,
-    StageOutcome,
     row_order,
     run_offline_stage,
-    starting_model,
 )
 from raylign.trainers.proof import prove_stage
 from raylign.trainers.recipe import load_recipe
@@ -81,10 +79,10 @@ def test_cpt_learns_and_leaves_an_ordinary_model_folder(undisturbed: tuple[Path,
     curve = losses(root, "cpt")
     assert len(curve) == 40
     assert curve[-1] < 0.7 * curve[0]
-    assert (outcome.base, outcome.adapter, outcome.steps) == (root / "models" / "0-cpt", None, 40)
+    assert (outcome.model.base, outcome.model.adapter, outcome.steps) == (root / "models" / "0-cpt", None, 40)
     assert not outcome.stopped
     assert outcome.metrics["tokens"] == sum(m["tokens"] for m in RunDir(root).all_metrics())
-    assert load_tokenizer(outcome.base).decode([2]) == "<|im_end|>"
+    assert load_tokenizer(outcome.model.base).decode([2]) == "<|im_end|>"
     status = RunDir(root).status()
     assert (status["stage"], status["step"], status["steps"], status["workers"]) == ("cpt", 40, 40, {"train": 2})
 
@@ -100,12 +98,12 @@ def test_a_stop_and_a_resume_change_nothing(
     assert first.stopped
     assert first.steps < 40
     assert (tmp_path / "checkpoints/0-cpt" / f"step-{first.steps:06d}").is_dir()
-    assert first.base == tiny_model
+    assert first.model.base == tiny_model
     RunDir(tmp_path).desire(stop=False)
     last = go_on()
     assert (last.steps, last.stopped) == (40, False)
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
-    assert same(weights(last.base), weights(undisturbed[1].base))
+    assert same(weights(last.base), weights(undisturbed[1].model.base))
 
 
 def test_a_killed_worker_changes_nothing(
@@ -117,7 +115,7 @@ def test_a_killed_worker_changes_nothing(
     killer.join()
     assert outcome.restarts == 1
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
-    assert same(weights(outcome.base), weights(undisturbed[1].base))
+    assert same(weights(outcome.model.base), weights(undisturbed[1].model.base))
 
 
 def kill_one_at(run_dir: RunDir, when: Callable[[int], bool]) -> None:
@@ -147,10 +145,10 @@ def test_sft_trains_an_adapter_and_not_its_base(tuned: tuple[Path, StageOutcome]
     root, outcome = tuned
     curve = losses(root, "sft")
     assert curve[-1] < 0.7 * curve[0]
-    assert outcome.base == tiny_model
-    assert outcome.adapter
-    assert outcome.adapter.parent == root / "adapters"
-    tensors, config = load_adapter(outcome.adapter)
+    assert outcome.model.base == tiny_model
+    assert outcome.model.adapter
+    assert outcome.model.adapter.parent == root / "adapters"
+    tensors, config = load_adapter(outcome.model.adapter)
     assert config["r"] == 4
     assert any(np.abs(t).max() > 0 for name, t in tensors.items() if "lora_B" in name)
 
@@ -167,15 +165,15 @@ def test_dpo_goes_on_training_the_adapter_it_gets(
     tuned: tuple[Path, StageOutcome], tiny_model: Path, tmp_path: Path
 ) -> None:
     stage = DpoStage(data=DATA, steps=8, batch_size=8, learning_rate=1e-2, workers=2)
-    before = tuned[1]
-    outcome = run(stage, [pair(n) for n in range(50)], ModelState(before.base, before.adapter), tmp_path, index=1)
+    before = tuned[1].model
+    outcome = run(stage, [pair(n) for n in range(50)], before, tmp_path, index=1)
     curve = losses(tmp_path, "dpo")
     assert curve[0] == pytest.approx(np.log(2), abs=1e-4), "the reference is not the policy as the stage began"
     assert curve[-1] < 0.7 * curve[0]
-    assert outcome.base == tiny_model
-    assert outcome.adapter
-    assert outcome.adapter != before.adapter
-    names = load_adapter(outcome.adapter)[0].keys()
+    assert outcome.model.base == tiny_model
+    assert outcome.model.adapter
+    assert outcome.model.adapter != before.adapter
+    names = load_adapter(outcome.model.adapter)[0].keys()
     assert names == load_adapter(before.adapter or Path())[0].keys()
 
 
@@ -184,10 +182,9 @@ def test_an_adapter_block_puts_the_former_adapter_into_a_new_base(
 ) -> None:
     import torch
 
-    before = ModelState(tuned[1].base, tuned[1].adapter)
-    given = {"index": 1, "name": "again", "run_dir": RunDir(tmp_path), "init_random": False}
-    start = starting_model(SFT, model=before, **given)
-    assert start == ModelState(tmp_path / "models" / "1-again-base")
+    before = tuned[1].model
+    start = starting_model(SFT, 1, before, RunDir(tmp_path))
+    assert start == ModelState(tmp_path / "models" / "1-sft-base")
     ids = torch.tensor([[1, 5, 9, 2]])
     with torch.no_grad():
         merged = open_base(start.base)(ids).logits
@@ -241,5 +238,5 @@ def test_the_recipes_train_on_real_rows(
     rows = load_rows(stage.data, Path(stage.data.path), kind_of_stage(stage))
     whole = [row for row in rows if not prove_stage(stage, [row], tokenizer).refusals]
     outcome = run(stage, whole, ModelState(Path(config.model.path)), tmp_path)
-    assert outcome.adapter
+    assert outcome.model.adapter
     assert np.isfinite(losses(tmp_path, stage.type)).all()
