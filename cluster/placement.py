@@ -4,8 +4,9 @@ Deciding is pure: `plan` takes what roles ask and what nodes have. Ray's placeme
 so a worker gets one of its own, with a time-out and an explanation.
 """
 
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -119,30 +120,44 @@ def _name(node: dict[str, object]) -> str:
     return f"{node['NodeManagerAddress']}/{str(node['NodeID'])[:6]}"
 
 
-def place(role: str, resources: Resources, timeout: float) -> "PlacementGroup":
+def place(
+    role: str, resources: Resources, timeout: float, *, cancelled: Callable[[], bool] = lambda: False
+) -> "PlacementGroup":
     """Reserve the resources of one worker; give its actor `PlacementGroupSchedulingStrategy(group)`.
 
-    Raises `DoesNotFit` after `timeout` seconds with what is missing; nothing stays reserved then.
+    Raises `DoesNotFit` after `timeout` seconds, or once `cancelled` says so, with what is missing; nothing stays
+    reserved then.
     """
-    from ray.exceptions import GetTimeoutError
     from ray.util.placement_group import placement_group
 
     name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
 
     bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
     group = placement_group([bundle or {"CPU": 0.001}], name=name)
+    began = time.monotonic()
     try:
-        if group.wait(timeout):
-            return group
-    except GetTimeoutError:
-        pass  # the explanation below is the same
+        while (left := began + timeout - time.monotonic()) > 0 and not cancelled():
+            if _ready(group, min(left, 0.5)):
+                return group
     except BaseException:
         release(group)
         raise
     release(group)
     asked = amount(resources.cpus, resources.gpus)
-    left = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
-    raise DoesNotFit(f"{role} asked for {asked} and got no place within {timeout:g} s: {left}. Free some or add a node")
+    free = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
+    waited = time.monotonic() - began
+    raise DoesNotFit(
+        f"{role} asked for {asked} and got no place within {waited:.3g} s: {free}. Free some or add a node"
+    )
+
+
+def _ready(group: "PlacementGroup", seconds: float) -> bool:
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        return group.wait(seconds)
+    except GetTimeoutError:
+        return False
 
 
 def release(group: "PlacementGroup") -> None:

@@ -22,6 +22,9 @@ from .worker import RolloutActor, WorkerSpec
 MAX_ATTEMPTS = 4
 """How often a group or a start may fail before the run does."""
 
+CLOSE_SECONDS = 15.0
+"""How long `close` waits for workers on their way to notice that they are not wanted."""
+
 Note = Callable[..., None]
 """Told what happened: `note(kind, **fields)`."""
 
@@ -45,11 +48,14 @@ class RolloutPool:
     def __init__(self, *, prefix: str, spec: WorkerSpec, wait_seconds: float, note: Note) -> None:
         self._prefix, self._spec, self._wait_seconds, self._note = prefix, spec, wait_seconds, note
         self._members: dict[str, Member] = {}
-        self._joining: set[str] = set()
+        self._joining: dict[str, Any] = {}
+        """Name → actor, or None before it is placed; in the order of their start."""
+        self._unwanted: set[str] = set()
         self._arrivals: queue.SimpleQueue[tuple[str, Member | RaylignError]] = queue.SimpleQueue()
         self._weights: WeightVersion | None = None
         self._started = 0
         self._failed_starts = 0
+        self._join_after = 0.0
         self.restarts = 0
         self.target = spec.config.workers.start
 
@@ -59,10 +65,13 @@ class RolloutPool:
         return sum(not m.draining for m in self._members.values())
 
     def start(self, weights: WeightVersion, *, tick: Callable[[], None]) -> None:
-        """Bring up the first workers with a version. Raises `RunFailed` when they cannot be had."""
+        """Bring up the first workers with a version; those that find no place beyond the least are not waited for.
+
+        Raises `RunFailed` or `DoesNotFit` when they cannot be had.
+        """
         self._weights = weights
         self._reconcile()
-        while self.size < self.target:
+        while self.size < self.target and not (self._failed_starts and self.size >= self._spec.config.workers.min):
             tick()
             self._admit(timeout=0.2)
             self._reconcile()
@@ -112,12 +121,14 @@ class RolloutPool:
             self._check_deadlines(ledger)
 
     def close(self) -> None:
-        """End every worker."""
+        """End every worker, those on their way too."""
         for member in list(self._members.values()):
             self._remove(member)
-        self.target = 0
-        while self._joining:
-            self._admit(timeout=1.0)
+        self._unwanted.update(self._joining)
+        calls.end([actor for actor in list(self._joining.values()) if actor is not None])
+        give_up = time.monotonic() + CLOSE_SECONDS
+        while self._joining and time.monotonic() < give_up:
+            self._admit(timeout=0.2)
 
     def running(self) -> dict[str, list[int]]:
         """Which groups each worker has now."""
@@ -162,8 +173,10 @@ class RolloutPool:
     def _reconcile(self) -> None:
         """Move towards the target: start what is missing, drain what is too much, end what has drained."""
         ready = [m for m in self._members.values() if not m.draining]
-        for _ in range(self.target - len(ready) - len(self._joining)):
+        coming = [name for name in self._joining if name not in self._unwanted]
+        for _ in range(self.target - len(ready) - len(coming) if time.monotonic() >= self._join_after else 0):
             self._begin_join()
+        self._unwanted.update(coming[max(0, self.target - len(ready)) :])
         for member in ready[self.target :] if self.target else ready:
             member.draining = True
             self._note("worker_draining", worker=member.name)
@@ -174,7 +187,7 @@ class RolloutPool:
     def _begin_join(self) -> None:
         name = f"{self._prefix}rollout-{self._started}"
         self._started += 1
-        self._joining.add(name)
+        self._joining[name] = None
         self._note("worker_joining", worker=name)
         threading.Thread(target=self._join, args=(name,), name=f"join {name}", daemon=True).start()
 
@@ -182,16 +195,23 @@ class RolloutPool:
         """Place, start and prove one worker, off the loop's thread: it takes seconds and must not hold up a step."""
         placement = None
         try:
-            placement = place(name, self._spec.config.resources, timeout=self._wait_seconds)
+            placement = place(
+                name,
+                self._spec.config.resources,
+                timeout=self._wait_seconds,
+                cancelled=lambda: name in self._unwanted,
+            )
             member = Member(name=name, actor=self._create(name, placement), placement=placement)
+            self._joining[name] = member.actor
             weights = self._weights
             assert weights is not None, "joining begins after the first weights"
             self._prove(member, member.actor.set_weights.remote(weights), weights)
             self._arrivals.put((name, member))
-        except RaylignError as error:
+        except Exception as error:  # noqa: BLE001  the loop's thread decides what it means; here nobody would hear of it
             if placement is not None:
                 release(placement)
-            self._arrivals.put((name, error))
+            known = isinstance(error, RaylignError)
+            self._arrivals.put((name, error if known else WorkerLost(f"{name} could not start: {error!r}")))
 
     def _create(self, name: str, placement: Any) -> Any:
         import ray
@@ -226,11 +246,16 @@ class RolloutPool:
             name, arrival = self._arrivals.get(timeout=timeout) if timeout else self._arrivals.get_nowait()
         except queue.Empty:
             return
-        self._joining.discard(name)
+        del self._joining[name]
+        if name in self._unwanted:
+            self._turn_away(name, arrival)
+            return
         if isinstance(arrival, RaylignError):
             self._failed_starts += 1
             self._note("worker_failed", worker=name, reason=str(arrival))
-            hopeless = isinstance(arrival, DoesNotFit) or self._failed_starts >= MAX_ATTEMPTS
+            self._join_after = time.monotonic() + min(60.0, 2.0**self._failed_starts)
+            placed = any(actor is not None for actor in self._joining.values())
+            hopeless = self._failed_starts >= MAX_ATTEMPTS or (isinstance(arrival, DoesNotFit) and not placed)
             if hopeless and not self._members:
                 raise arrival
             return
@@ -243,6 +268,14 @@ class RolloutPool:
                 return
         self._failed_starts = 0
         self._note("worker_joined", worker=name, version=arrival.version)
+
+    def _turn_away(self, name: str, arrival: "Member | RaylignError") -> None:
+        """One that was asked for no longer has arrived, or has given up."""
+        self._unwanted.discard(name)
+        if isinstance(arrival, Member):
+            calls.end([arrival.actor])
+            release(arrival.placement)
+        self._note("worker_left", worker=name)
 
     def _lose(self, member: Member, reason: str, ledger: Ledger | None) -> None:
         again = ledger.lost(member.name) if ledger else []

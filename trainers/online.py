@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cluster.errors import RaylignError
 from ..cluster.rundir import RunDir
 from ..cluster.weights import WeightStore, WeightVersion
 from ..rollout.ledger import GroupState, Ledger
@@ -58,6 +59,7 @@ class OnlineLoop:
         self._ledger = Ledger(0, 0)
         self._phases: dict[str, float] = {}
         self._last_tick = 0.0
+        self._saved: int | None = None
         self.step = 0
         self.stopped = False
         self.last_metrics: dict[str, float] = {}
@@ -69,9 +71,12 @@ class OnlineLoop:
         return self._weights.current
 
     def run(self) -> None:
-        """Go on from the last checkpoint, if there is one, to the stage's last step or until asked to stop."""
-        self._restore()
+        """Go on from the last checkpoint, if there is one, to the stage's last step or until asked to stop.
+
+        What ends it early says which checkpoint `raylign resume` goes on from.
+        """
         try:
+            self._restore()
             self._pool.start(self._weights.current, tick=self._tick)
             while self.step < self._stage.steps:
                 self._train_step(self.step)
@@ -81,6 +86,13 @@ class OnlineLoop:
         except StopRequested:
             self.stopped = True
             self._checkpoint()
+        except RaylignError as error:
+            raise type(error)(f"{error}; {self._way_on()}") from error
+
+    def _way_on(self) -> str:
+        if self._saved is None:
+            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.name}` begins it again"
+        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.name}` goes on from it"
 
     def _train_step(self, step: int) -> None:
         self._phases = {}
@@ -172,7 +184,7 @@ class OnlineLoop:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
         if checkpoint:
             self._roles.load(checkpoint.path)
-            self.step = checkpoint.step
+            self.step = self._saved = checkpoint.step
             self._run.event("resumed", stage=self._name, step=checkpoint.step)
         self._weights.publish(self._roles.publish(self.step), changed=False)
 
@@ -185,6 +197,7 @@ class OnlineLoop:
         state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
         state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
         checkpoint = write_checkpoint(self._checkpoints, self.step, state, self._roles.save)
+        self._saved = self.step
         self._run.event("checkpoint", stage=self._name, step=self.step)
         return checkpoint
 

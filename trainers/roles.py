@@ -15,6 +15,9 @@ from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
 from .stages import GrpoStage
 
+_STATELESS = {"max_restarts": 3, "max_task_retries": 3}
+"""Ray starts these again elsewhere and repeats the call: what they answer depends on what they are asked alone."""
+
 
 class Roles:
     """Starts the actors of a stage under names that `ray list actors` shows, and waits for what they do.
@@ -32,17 +35,18 @@ class Roles:
         self._policy = self._start(ray.remote(PolicyActor), "policy-0", stage.policy).remote(spec)
         self.reference = None
         if stage.kl:
-            self.reference = self._start(ray.remote(ReferenceActor), "reference", stage.reference).remote(spec)
+            reference = self._start(ray.remote(ReferenceActor), "reference", stage.reference, **_STATELESS)
+            self.reference = reference.remote(spec)
         self._scorers = [
-            self._start(ray.remote(Scorer), f"reward-{i}", stage.scoring.resources).remote(
+            self._start(ray.remote(Scorer), f"reward-{i}", stage.scoring.resources, **_STATELESS).remote(
                 list(stage.rewards), Path("/"), stage.scoring.on_error
             )
             for i in range(stage.scoring.workers)
         ]
         self._wait_seconds = wait_seconds
 
-    def _start(self, role: Any, name: str, resources: Any) -> Any:
-        return role.options(name=f"{self._prefix}{name}", num_cpus=resources.cpus, num_gpus=resources.gpus)
+    def _start(self, role: Any, name: str, resources: Any, **options: int) -> Any:
+        return role.options(name=f"{self._prefix}{name}", num_cpus=resources.cpus, num_gpus=resources.gpus, **options)
 
     def wait_ready(self) -> None:
         """Block until every actor is up. Raises what its constructor raised."""

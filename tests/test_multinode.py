@@ -1,0 +1,162 @@
+"""A run on three nodes: workers spread, come and go with their nodes, and leave the result as it is.
+
+The cluster lives in a process of its own (this file as a script), so that the Ray of the other tests is left alone.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = """\
+name: {name}
+seed: 5
+model: {{path: {model}}}
+stages:
+  - type: grpo
+    adapter: {{type: lora, r: 4}}
+    data: {{path: prompts.jsonl}}
+    steps: {steps}
+    batch_size: 32
+    learning_rate: 1e-2
+    checkpoint_every: 50
+    rollout:
+      workers: {{min: 1, max: 3, start: 1}}
+      group_size: 8
+      sampling: {{max_tokens: 12}}
+      max_prompt_tokens: 40
+      slots: 8
+    rewards: [{{type: function, path: "rewards.py:vowels"}}]
+    kl: {{coefficient: 0.01}}
+cluster: {{wait_seconds: 60}}
+"""
+REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
+STEPS = 60
+
+
+@pytest.mark.multinode
+def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(10)))
+    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path), str(tiny_model)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    seen = json.loads((tmp_path / "seen.json").read_text())
+
+    assert seen["alone"]["status"] == seen["spread"]["status"] == "succeeded"
+    assert seen["spread"]["weights"] == seen["alone"]["weights"]
+    assert seen["alone"]["workers"] == {"min": 1, "max": 1}
+    assert seen["spread"]["workers"] == {"min": 1, "max": 3}
+    assert seen["spread"]["restarts"] == 1
+    assert [seen["lost"]] == [e["worker"] for e in seen["events"] if e["kind"] == "worker_lost"]
+
+    roles = {name.removeprefix("spread/grpo/"): node for name, node in seen["actors"].items()}
+    assert {name.partition("-")[0] for name in roles} == {"policy", "reference", "reward", "rollout"}
+    rollouts = [node for name, node in roles.items() if name.startswith("rollout-")]
+    assert len(rollouts) == len(set(rollouts)) == 3
+
+
+# ---- what runs in the process of its own
+
+
+def scenario(folder: Path, model: Path) -> dict[str, Any]:
+    """One worker undisturbed; then nodes join, workers go 1 → 3 → 2, and the node of one is lost."""
+    import ray
+    from ray.cluster_utils import Cluster
+    from raylign.cluster.rundir import RunDir
+
+    # The head has room for the roles and one worker; each node that joins, for one worker.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    try:
+        ray.init(address=cluster.address, namespace="raylign", log_to_driver=False)
+        alone = start(folder, "alone", model).end()
+        run = RunDir(folder / "spread")
+        running = start(folder, "spread", model)
+        until("a worker works", running, lambda: workers(run) == 1)
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        run.desire(rollout=3)
+        until("three workers", running, lambda: workers(run) == 3)
+        actors = named_actors("spread/")
+        lost = next(name for name, node in actors.items() if node == nodes[0].node_id)
+        until("groups are running", running, lambda: run.status().get("groups", {}).get("running", 0) > 0)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        until("its worker is missed", running, lambda: bool(run.events("worker_lost")))
+        run.desire(rollout=2)
+        until("two are asked for", running, lambda: run.status()["wanted"] == {"rollout": 2})
+        spread = running.end()
+        return {"alone": alone, "spread": spread, "actors": actors, "lost": lost, "events": run.events()}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class Running:
+    """A run in a thread; `end` waits for its summary and raises what it raised."""
+
+    def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
+        self._work, self._result, self._error = work, {}, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except BaseException as error:  # noqa: BLE001  raised again by `end`
+            self._error = error
+
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def end(self) -> dict[str, Any]:
+        self._thread.join()
+        if self._error:
+            raise self._error
+        return self._result
+
+
+def start(folder: Path, name: str, model: Path) -> Running:
+    from raylign.trainers.inputs import read_inputs
+    from raylign.trainers.launch import open_run
+    from raylign.trainers.pipeline import run_recipe
+    from raylign.trainers.recipe import load_recipe
+
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(name=name, model=model, steps=STEPS))
+    config = load_recipe(path)
+    run = open_run(config, folder, named=True, resume=False)
+    inputs = read_inputs(config, run.path)
+    return Running(lambda: run_recipe(config, run, inputs, lambda _: None))
+
+
+def until(what: str, running: Running, holds: Callable[[], bool]) -> None:
+    """Wait for a condition while the run goes on; fails when the run ends before it holds."""
+    deadline = time.monotonic() + 90
+    while not holds():
+        if not running.alive():
+            raise AssertionError(f"the run ended before {what}: {running.end()}")
+        assert time.monotonic() < deadline, f"no sign that {what}"
+        time.sleep(0.02)
+    print(f"{time.monotonic():.1f} {what}", flush=True)
+
+
+def workers(run: Any) -> int:
+    return run.status().get("workers", {}).get("rollout", 0)
+
+
+def named_actors(prefix: str) -> dict[str, str]:
+    """Living actors by name, with the id of their node, from Ray's own table."""
+    from ray._private.state import actors
+
+    table = actors(actor_state_name="ALIVE").values()
+    return {a["Name"]: a["Address"]["NodeID"] for a in table if a["Name"].startswith(prefix)}
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    (root / "seen.json").write_text(json.dumps(scenario(root, Path(sys.argv[2]))))
