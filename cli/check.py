@@ -2,12 +2,15 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .output import answer, notes, print_json, print_table
 from .run import JsonOption, SetOption
+
+if TYPE_CHECKING:
+    from ..trainers.proof import Proof
 
 
 def check(
@@ -30,28 +33,29 @@ def check(
     overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
     config = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
-        facts, masks = _prove(config, Path(folder), examples)
+        facts, masks, proofs = _prove(config, Path(folder), examples)
     if json:
         print_json(facts)
     else:
         _print_proof(facts, masks)
-    if any(stage["refused"] for stage in facts["data"]):
-        raise typer.Exit(2)
+    for proof in proofs:
+        proof.require()
 
 
-def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], dict[str, list[Any]], "list[Proof]"]:
     from ..trainers.inputs import read_inputs
     from ..trainers.launch import placement
     from ..trainers.prepare import prepare
     from ..trainers.proof import render_mask
 
+    fits = placement(config)
     prepare(config, folder)
     inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
     facts = {"data": [g.proof.facts() for g in inputs.stages], "held_out": len(inputs.evaluation)}
     masks = {
         g.proof.stage: [render_mask(row, inputs.tokenizer) for row in g.proof.encoded[:examples]] for g in inputs.stages
     }
-    return facts | {"placement": placement(config)}, masks
+    return facts | {"placement": fits}, masks, [g.proof for g in inputs.stages]
 
 
 def _print_proof(facts: dict[str, Any], masks: dict[str, list[Any]]) -> None:
@@ -62,7 +66,7 @@ def _print_proof(facts: dict[str, Any], masks: dict[str, list[Any]]) -> None:
     columns = ["stage", "rows", "tokens", "supervised_tokens", "longest", "refused"]
     print_table("\ndata", columns, [[stage[c] for c in columns] for stage in facts["data"]])
     for stage in facts["data"]:
-        for refusal in stage["refusals"][:5]:
+        for refusal in stage["refusals"][:5] if stage["refused"] > 1 else ():  # the first is the error's own
             notes.print(f"[red]{stage['stage']} row {refusal['row']}:[/red] {refusal['reason']}", highlight=False)
     if facts["held_out"]:
         answer.print(f"{facts['held_out']} held-out questions, none of them in the training data", highlight=False)

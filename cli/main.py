@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -39,18 +40,25 @@ for verb in VERBS:
 
 @app.callback()
 def options(debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False) -> None:
-    """Options that come before the verb."""
+    """Options of every verb."""
 
 
 def main() -> None:
     """Run one command. Exit codes: 0 done, 1 failed, 2 wrong input, 3 does not fit, 4 not found, 5 no cluster."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
     try:
-        app()
-    except RaylignError as error:
-        if "--debug" in sys.argv:
-            raise
-        notes.print(f"[red]error:[/red] {type(error).__name__}:", end=" ")
-        notes.print(str(error), markup=False, highlight=False)
-        sys.exit(error.exit_code)
+        app(args=[a for a in arguments if a != "--debug"])
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001  a defect of ours is one line too; --debug shows where it lies
+        if debug:
+            traceback.print_exc()
+        notes.print(f"[red]error:[/red] {type(error).__name__}:", end=" ")
+        notes.print(_one_line(error), markup=False, highlight=False)
+        sys.exit(error.exit_code if isinstance(error, RaylignError) else 1)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(line.strip() for line in str(error).splitlines())
+    return text if isinstance(error, RaylignError) else f"{text} (not foreseen: --debug shows the traceback)"

@@ -51,6 +51,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+def running_already(name: str) -> InputError:
+    """What to raise where another process works on a run."""
+    return InputError(f"run {name!r} is running already: `raylign status {name}`")
+
+
 class RunDir:
     """One run's directory; methods may be called from any thread of the process that owns the run."""
 
@@ -75,7 +80,7 @@ class RunDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise InputError(f"run {self.name!r} is running already: `raylign status {self.name}`") from None
+                raise running_already(self.name) from None
             yield
 
     def held(self) -> bool:
@@ -118,8 +123,10 @@ class RunDir:
         return list(latest.values())
 
     def _read(self, file: str) -> dict[str, Any]:
-        path = self.path / file
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads((self.path / file).read_text())
+        except FileNotFoundError:  # not written yet, or the run was refused and its directory is gone
+            return {}
 
     def _merge(self, file: str, fields: dict[str, Any]) -> dict[str, Any]:
         with self._lock:

@@ -92,7 +92,7 @@ def _existing(address: str) -> Iterator[Session]:
     import ray
 
     ask_for_token(make=False)
-    _probe(address)
+    probe(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -103,8 +103,11 @@ def _existing(address: str) -> Iterator[Session]:
         ray.shutdown()
 
 
-def _probe(address: str) -> None:
-    """Find out in seconds what `ray.init` says after two minutes: nobody listens, or the token is wrong."""
+def probe(address: str) -> None:
+    """Find out in seconds what `ray.init` says after two minutes: nobody listens, or the token is wrong.
+
+    Raises `ClusterUnreachable`, and `InputError` for what is no address.
+    """
     if address == "auto" or address.startswith("ray://"):
         return
     if "://" in address:

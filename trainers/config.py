@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..cluster.config import ClusterConfig, Config, Name
 from ..rollout.config import RewardConfig
@@ -26,6 +26,14 @@ class PrepareConfig(Config):
     path: str
     """`file.py:function`, relative to the recipe."""
     options: dict[str, int | float | str | bool] = Field(default_factory=dict)
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, path: str) -> str:
+        file, _, function = path.rpartition(":")
+        if not (file.endswith(".py") and function.isidentifier()):
+            raise ValueError(f"{path!r} names no function: write file.py:function")
+        return path
 
 
 class EvaluationConfig(Config):
@@ -77,6 +85,13 @@ class RunConfig(Config):
         paths = [self.model.path, *(s.data.path for s in self.stages)]
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
+        for index, stage in enumerate(self.stages[1:], 1):
+            adapter = getattr(stage, "adapter", None)
+            if adapter and adapter.path:
+                raise ValueError(
+                    f"stages.{index}.adapter.path {adapter.path!r}: the stages before it change the model that the "
+                    "adapter was made for; give it in the first stage"
+                )
         return self
 
 

@@ -58,7 +58,12 @@ def load_rows(config: DataConfig, path: Path, kind: Kind | None = None) -> list[
 
     `kind` is what the stage needs: it settles what `format: auto` looks for, and a file of another kind is refused.
     """
-    rows = list(islice(_read(path), config.limit))
+    try:
+        rows = list(islice(_read(path), config.limit))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     if not rows:
         raise InputError(f"{path} has no rows: an empty data set trains nothing")
     rows = [_rename(row, config.columns, path, n) for n, row in enumerate(rows, 1)]

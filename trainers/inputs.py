@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..cluster.errors import InputError
 from ..rollout.config import MathReward, RewardConfig
 from ..rollout.reward_process import BoundedReward
 from ..rollout.rewards import check_names
+from .adapters import check_adapter
 from .config import ModelConfig, RunConfig, stage_name
 from .data import Row, kind_of_stage, load_rows
 from .proof import Proof, prove_stage, refuse_overlap
@@ -38,6 +42,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     """Read and prove everything. Raises `InputError` for the first thing that is wrong; `say` is told of progress."""
     model = locate_model(config.model, run)
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
+    _check_adapter(config, model)
     _check_rewards(config)
     stages = []
     for stage in config.stages:
@@ -59,7 +64,7 @@ def locate_model(model: ModelConfig, run: Path) -> Path:
     path = resolve_prepared(model.path, run)
     if path.is_absolute():
         if not path.is_dir():
-            raise InputError(f"no model folder at {path}")
+            raise InputError(f"no model folder at {path}{_nearest(path)}")
     else:
         path = _fetch(model.path)
     if not (path / "config.json").is_file():
@@ -67,6 +72,31 @@ def locate_model(model: ModelConfig, run: Path) -> Path:
     if model.init == "pretrained" and not list(path.glob("*.safetensors")):
         raise InputError(f"{path} has no *.safetensors: save the model there, or set model.init: random")
     return path
+
+
+def _nearest(path: Path) -> str:
+    """`: did you mean x?`, where a name beside the missing path is close to it."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _check_adapter(config: RunConfig, model: Path) -> None:
+    """The adapter a recipe starts from is for this model; a recipe may name one in its first stage only."""
+    lora = getattr(config.stages[0], "adapter", None)
+    if lora is None or lora.path is None:
+        return
+    folder, where = Path(lora.path), "stages.0.adapter.path"
+    if not folder.is_dir():
+        raise InputError(f"{where}: no adapter folder at {folder}{_nearest(folder)}")
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{where}: {folder} has no adapter_config.json: save the adapter there with save_pretrained")
+    try:
+        check_adapter(folder, model)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{where}: {folder} cannot be read: {error}") from None
 
 
 def _fetch(hub_id: str) -> Path:

@@ -17,13 +17,14 @@ from typing import Any
 
 from ..cluster.errors import InputError, RaylignError, RunFailed
 from ..cluster.placement import Offer, amount, offers
-from ..cluster.rundir import RunDir, write_atomically
-from ..cluster.session import connect
+from ..cluster.rundir import RunDir, running_already, write_atomically
+from ..cluster.session import connect, probe
+from .changes import refuse_changes
 from .config import RunConfig, stage_name
-from .inputs import read_inputs
+from .inputs import Inputs, read_inputs
 from .pipeline import check_placement, conclude, demands, run_recipe
 from .prepare import prepare
-from .recipe import dump_recipe
+from .recipe import dump_recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -34,53 +35,89 @@ def open_run(config: RunConfig, storage: Path, *, named: bool, resume: bool) -> 
     """The run's directory, with its recipe in it.
 
     A name that is taken is an `InputError`, unless it is only the recipe's own: then the run takes the next free one
-    (`quickstart-2`), so that nothing is overwritten.
+    (`quickstart-2`), so that nothing is overwritten. With `resume` a run of that name goes on; a recipe that asks for
+    another result than it began with is an `InputError`.
     """
-    run = RunDir(storage.resolve() / config.name)
-    if (run / "recipe.yaml").exists() and not resume:
+    storage = storage.resolve()
+    run = RunDir(storage / config.name)
+    if resume and (run / "recipe.yaml").exists():
+        _refuse_another(config, run)
+    elif not _claim(run) and not resume:
         if named:
-            status = run.status().get("status", "unknown")
+            status = run.status().get("status", "not begun")
             raise InputError(
                 f"run {run.name!r} exists in {storage} ({status}): `raylign resume {run.name}` goes on with it, "
                 "or take another --name"
             )
-        run = next(
-            r for n in range(2, 10_000) if not (r := RunDir(storage.resolve() / f"{config.name}-{n}")).path.exists()
-        )
-    run.path.mkdir(parents=True, exist_ok=True)
+        run = next(r for n in range(2, 10_000) if _claim(r := RunDir(storage / f"{config.name}-{n}")))
     write_atomically(run / "recipe.yaml", dump_recipe(config.model_copy(update={"name": run.name})))
     return run
+
+
+def _claim(run: RunDir) -> bool:
+    """Make the directory of a run; false where it is there already, so that two commands never get the same."""
+    try:
+        run.path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError(f"cannot write runs to {run.path.parent}: {error.strerror}: give another --storage") from None
+    return True
+
+
+def _refuse_another(config: RunConfig, run: RunDir) -> None:
+    """Raise `InputError` where a run is at work now, or began with a recipe that gives another result."""
+    if run.held():
+        raise running_already(run.name)
+    if run.status():
+        refuse_changes(load_recipe(run / "recipe.yaml"), config)
 
 
 def launch(config: RunConfig, run: RunDir, say: Say) -> dict[str, Any]:
     """Do what is left of a run and return its summary. Raises `RaylignError`; the summary then says `failed`.
 
-    A run that cannot begin because its inputs are wrong leaves no directory behind.
+    A run that cannot begin (its inputs are wrong, it does not fit, no cluster answers) leaves no directory behind, and
+    one that cannot go on keeps the status it had.
     """
-    fresh = not run.status()
     config = config.model_copy(update={"name": run.name})
     with run.hold(), _stop_on_signals(run, say), _log_to(run):
+        before = run.status()
         run.desire(stop=False, rollout=None)
         try:
-            if config.prepare:
-                say("preparing data")
-            prepare(config, run.path)
-            say("proving data")
-            inputs = read_inputs(config, run.path)
-            for given in inputs.stages:
-                given.proof.require()
-            if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-                check_placement(config, [this_machine(config)])
+            inputs = _prove(config, run, say)
         except BaseException:
-            if fresh:
-                shutil.rmtree(run.path, ignore_errors=True)
+            _withdraw(run, before)
             raise
-        run.event("run_began", resumed=not fresh, seed=config.seed)
+        run.event("run_began", resumed=bool(before), seed=config.seed)
         run.update_status(run=run.name, status="starting", reason="", pid=os.getpid(), host=socket.gethostname())
-        return _conclude_failures(config, run, lambda: _run_on_ray(config, run, inputs, say))
+        return _conclude_failures(config, run, before, lambda: _run_on_ray(config, run, inputs, say))
 
 
-def _run_on_ray(config: RunConfig, run: RunDir, inputs: Any, say: Say) -> dict[str, Any]:
+def _prove(config: RunConfig, run: RunDir, say: Say) -> Inputs:
+    """Everything that can be known before Ray is there, the quickest first."""
+    if config.cluster.address:
+        probe(config.cluster.address)
+    elif not os.environ.get("RAY_ADDRESS"):
+        check_placement(config, [this_machine(config)])
+    if config.prepare:
+        say("preparing data")
+    prepare(config, run.path)
+    say("proving data")
+    inputs = read_inputs(config, run.path)
+    for given in inputs.stages:
+        given.proof.require()
+    return inputs
+
+
+def _withdraw(run: RunDir, before: dict[str, Any]) -> None:
+    """Leave things as they were before a run that was refused."""
+    if before:
+        run.update_status(**before)
+    else:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict[str, Any]:
     say("connecting to Ray")
     with connect(config.cluster) as session:
         check_placement(config, offers())
@@ -107,13 +144,18 @@ def _in_thread(work: Callable[[], Any]) -> Any:
     return box["result"]
 
 
-def _conclude_failures(config: RunConfig, run: RunDir, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Write down why a run failed before the error goes on to the user."""
+def _conclude_failures(
+    config: RunConfig, run: RunDir, before: dict[str, Any], work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Write down why a run failed before the error goes on to the user; `before` is its status ahead of this start."""
     try:
         return work()
     except RaylignError as error:
-        logger.exception("the run failed")
-        conclude(config, run, "failed", f"{type(error).__name__}: {error}")
+        if run.status().get("status") == "starting":
+            _withdraw(run, before)
+        else:
+            logger.exception("the run failed")
+            conclude(config, run, "failed", f"{type(error).__name__}: {error}")
         raise
     except KeyboardInterrupt:
         conclude(config, run, "stopped", "ended at once by a second interrupt; the last checkpoint holds")

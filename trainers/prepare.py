@@ -5,9 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
+import traceback
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from ..cluster.errors import InputError
+from ..rollout.rewards import one_line
 from .config import RunConfig
 
 
@@ -35,14 +39,23 @@ def main(path: str, out: str, seed: str, options: str) -> None:
     file, _, name = path.rpartition(":")
     if not Path(file).is_file():
         sys.exit(f"there is no file {file}: prepare.path is file.py:function, relative to the recipe")
+    try:
+        _call(file, name, Path(out), int(seed), json.loads(options))
+    except Exception as error:  # noqa: BLE001  whatever the user's code raises becomes one line for the parent
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        sys.exit(one_line(error) + (f" ({Path(file).name}:{lines[-1]})" if lines else ""))
+
+
+def _call(file: str, name: str, out: Path, seed: int, options: dict[str, Any]) -> None:
     spec = importlib.util.spec_from_file_location("prepare", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, name):
-        sys.exit(f"{file} has no function {name!r}")
-    getattr(module, name)(Path(out), int(seed), **json.loads(options))
+        near = get_close_matches(name, vars(module), n=1)
+        sys.exit(f"{file} has no function {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    getattr(module, name)(out, seed, **options)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,15 @@ class Proof:
     longest: int
     cut: int
     """Rows that `truncate` shortened."""
+    path: str
+    """The data file, as the recipe has it."""
 
     def require(self) -> tuple[EncodedRow, ...]:
         """The encoded rows. Raises `InputError` with the first refusal if there is any."""
         if self.refusals:
             first = self.refusals[0]
             more = f" (and {len(self.refusals) - 1} more rows are refused)" if len(self.refusals) > 1 else ""
-            raise InputError(f"stage {self.stage}, data row {first.row}: {first.reason}{more}")
+            raise InputError(f"{self.path}: stage {self.stage}, data row {first.row}: {first.reason}{more}")
         return self.encoded
 
     def facts(self) -> dict[str, object]:
@@ -91,6 +93,7 @@ def prove_stage(stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer) -
         supervised=sum(supervised for _, supervised, _ in lengths),
         longest=max((longest for _, _, longest in lengths), default=0),
         cut=sum(e.cut for e in encoded),
+        path=stage.data.path,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..cluster.config import NAME_PATTERN
 from ..cluster.errors import InputError
 from .config import RunConfig
 
@@ -25,12 +26,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `InputError` with the place of the first mistakes.
     """
     data, lines = _parse(path)
+    sources: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     for override in overrides:
-        _override(data, override)
+        sources[_override(data, override)] = f"{path} with {override}"
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(e, path, data, lines) for e in error.errors()[:3])) from None
+        first = error.errors()[:3]
+        raise InputError("; ".join(_explain(e, data, sources, f"{path}:1") for e in first)) from None
     return _with_absolute_paths(config, path.resolve().parent)
 
 
@@ -44,14 +47,16 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise InputError(f"no recipe at {path}" + (f": did you mean {near[0]}?" if near else ""))
     try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
         lines: dict[Place, int] = {}
-        _note_lines(node, (), lines, path)
-        data = yaml.safe_load(path.read_text())
+        _note_lines(yaml.compose(text, Loader=yaml.SafeLoader), (), lines, path)
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):
         raise InputError(f"{path} is not a recipe: it needs keys such as name, model and stages")
     return data, lines
@@ -71,7 +76,8 @@ def _note_lines(node: Any, place: Place, lines: dict[Place, int], path: Path) ->
             _note_lines(value, (*place, i), lines, path)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def _override(data: dict[str, Any], override: str) -> Place:
+    """Apply one override; gives the place it was for."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"--set {override!r} needs the form key.path=value, such as stages.0.learning_rate=1e-5")
@@ -85,14 +91,16 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override!r}: the recipe has nothing at {key}") from None
     except yaml.YAMLError:
         raise InputError(f"--set {override!r}: {text!r} is not a YAML value") from None
+    return tuple(parts)
 
 
-def _explain(error: Any, path: Path, data: Any, lines: dict[Place, int]) -> str:
+def _explain(error: Any, data: Any, sources: dict[Place, str], start: str) -> str:
+    """One mistake in one line; `sources` says where each place was written, `start` where the recipe begins."""
     place = _place_in_data(error["loc"], data)
     context = error.get("ctx", {})
     if error["type"] == "unknown_key":
         place = (*place, context["key"])
-    line = next((lines[place[:n]] for n in range(len(place), 0, -1) if place[:n] in lines), 1)
+    source = next((sources[place[:n]] for n in range(len(place), 0, -1) if place[:n] in sources), start)
     where = ".".join(map(str, place)) or "the recipe"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
@@ -101,7 +109,9 @@ def _explain(error: Any, path: Path, data: Any, lines: dict[Place, int]) -> str:
         message = _explain_tag(context)
     elif error["type"] not in ("unknown_key", "value_error"):
         message = f"{message}, not {_short(error['input'])}"
-    return f"{path}:{line}: {where}: {message}"
+    if context.get("pattern") == NAME_PATTERN:
+        message += ": a name has letters, digits, '.', '_' and '-', and begins with one of the first two"
+    return f"{source}: {where}: {message}"
 
 
 def _explain_tag(context: dict[str, Any]) -> str:

@@ -108,10 +108,10 @@ def test_a_killed_driver_leaves_nothing_either(driver: Any) -> None:
 )
 def test_a_wrong_address_is_one_clear_error(address: str, code: int, says: str) -> None:
     from raylign.cluster.errors import RaylignError
-    from raylign.cluster.session import _probe
+    from raylign.cluster.session import probe
 
     with pytest.raises(RaylignError, match=says) as error:
-        _probe(address)
+        probe(address)
     assert error.value.exit_code == code
 
 
