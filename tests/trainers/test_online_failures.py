@@ -1,0 +1,140 @@
+"""What goes wrong in the online loop on real Ray: a worker hangs, one finds no place, the policy dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from raylign.cluster.errors import RaylignError, RunFailed
+from raylign.cluster.rundir import RunDir
+from raylign.trainers.launch import launch, open_run
+from raylign.trainers.recipe import load_recipe
+
+RECIPE = """\
+name: {name}
+seed: 5
+model: {{path: {model}}}
+stages:
+  - type: grpo
+    adapter: {{type: lora, r: 4}}
+    data: {{path: prompts.jsonl}}
+    steps: {steps}
+    batch_size: 32
+    learning_rate: 1e-2
+    checkpoint_every: 2
+    rollout:
+      workers: {{min: 1, max: 3, start: 1}}
+      group_size: 8
+      sampling: {{max_tokens: 12}}
+      max_prompt_tokens: 40
+      slots: 16
+      resources: {{cpus: 3}}
+      timeout_seconds: 5
+    rewards: [{{type: function, path: "rewards.py:vowels"}}]
+cluster: {{wait_seconds: 30, cpus: 8}}
+"""
+REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
+
+
+@pytest.fixture
+def begin(tmp_path: Path, tiny_model: Path, ray_session: str) -> Callable[..., tuple[RunDir, dict[str, Any]]]:
+    """Start a run, or go on with it, as `raylign run` and `resume` do."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(10)))
+
+    def begin(name: str, steps: int, *, resume: bool = False) -> tuple[RunDir, dict[str, Any]]:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(RECIPE.format(name=name, model=tiny_model, steps=steps))
+        run = open_run(load_recipe(path), tmp_path, named=True, resume=resume)
+        return run, launch(load_recipe(path), run, lambda _: None)
+
+    return begin
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Do something in a thread of its own while the block runs; raises what it raised."""
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            act()
+        except BaseException as error:  # noqa: BLE001  raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=60)
+    if errors:
+        raise errors[0]
+
+
+def until(what: str, holds: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"no sign that {what}"
+        time.sleep(0.02)
+
+
+def pid_of(actor: str) -> int:
+    from ray._private.state import actors
+
+    return next(a["Pid"] for a in actors(actor_state_name="ALIVE").values() if a["Name"] == actor)
+
+
+def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
+    begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
+) -> None:
+    _, undisturbed = begin("calm", 12)
+    run = RunDir(tmp_path / "dies")
+
+    def kill() -> None:
+        until("three steps are done", lambda: len(run.all_metrics()) >= 3)
+        os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
+
+    with meanwhile(kill), pytest.raises(RunFailed, match=r"policy-0 was lost during .*; the last checkpoint is step"):
+        begin("dies", 12)
+    assert RunFailed.exit_code == RaylignError.exit_code == 1
+    failed = run.summary()
+    assert failed["status"] == "failed"
+    assert "`raylign resume dies` goes on" in failed["reason"]
+    _, resumed = begin("dies", 12, resume=True)
+    assert resumed["status"] == "succeeded"
+    assert resumed["weights"] == undisturbed["weights"]
+
+
+def test_a_hung_worker_is_replaced_and_one_without_a_place_holds_nobody_up(
+    begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "full")
+    hung: list[psutil.Process] = []
+    asked_to_stop: list[float] = []
+
+    def trouble() -> None:
+        until("a step is done", lambda: bool(run.all_metrics()))
+        run.desire(rollout=3)  # of 8 CPUs the roles have 1.5: there is room for two workers of 3
+        until("two work", lambda: run.status().get("workers", {}).get("rollout") == 2)
+        assert run.status()["wanted"] == {"rollout": 3}
+        hung.append(psutil.Process(pid_of("full/grpo/rollout-0")))
+        hung[0].suspend()
+        until("the hung one is missed", lambda: bool(run.events("worker_lost")))
+        done = len(run.all_metrics())
+        until("the run goes on", lambda: len(run.all_metrics()) > done + 1)
+        asked_to_stop.append(time.monotonic())
+        run.desire(stop=True)
+
+    with meanwhile(trouble):
+        _, summary = begin("full", 100_000)
+    assert summary["status"] == "stopped"
+    assert time.monotonic() - asked_to_stop[0] < 20
+    lost = run.events("worker_lost")
+    assert [e["worker"] for e in lost] == ["full/grpo/rollout-0"]
+    until("the hung process is gone", lambda: not hung[0].is_running() or hung[0].status() == psutil.STATUS_ZOMBIE, 30)
