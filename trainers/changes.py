@@ -35,7 +35,7 @@ def refuse_changes(before: RunConfig, now: RunConfig) -> None:
     for key in [*old, *new]:
         if old.get(key) != new.get(key):
             raise InputError(
-                f"run {now.name!r} began with {key} {_shown(old, key)} and the recipe now has {_shown(new, key)}: "
+                f"run {now.name!r} began with {_shown(old, key)} and the recipe now has {_shown(new, key)}: "
                 "put it back, or begin another run with --name"
             )
 
@@ -54,4 +54,4 @@ def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(leaves: dict[str, Any], key: str) -> str:
-    return repr(leaves[key]) if key in leaves else "nothing there"
+    return f"{key} {leaves[key]!r}" if key in leaves else f"no {key}"
