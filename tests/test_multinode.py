@@ -70,16 +70,19 @@ def scenario(folder: Path, model: Path) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
     from raylign.cluster.rundir import RunDir
+    from raylign.cluster.session import loopback_host
 
     # The head has room for the roles and one worker; each node that joins, for one worker.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
+    hosts = [{"node_ip_address": host} if (host := loopback_host(n)) else {} for n in (2, 3, 4)]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False} | hosts[0])
     try:
-        ray.init(address=cluster.address, namespace="raylign", log_to_driver=False)
+        here = {f"_{key}": host for key, host in hosts[0].items()}
+        ray.init(address=cluster.address, namespace="raylign", log_to_driver=False, **here)
         alone = start(folder, "alone", model).end()
         run = RunDir(folder / "spread")
         running = start(folder, "spread", model)
         until("a worker works", running, lambda: workers(run) == 1)
-        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=1, **host) for host in hosts[1:]]
         run.desire(rollout=3)
         until("three workers", running, lambda: workers(run) == 3)
         actors = named_actors("spread/")
