@@ -56,6 +56,7 @@ class RolloutPool:
         self._started = 0
         self._failed_starts = 0
         self._join_after = 0.0
+        self._last_loss = ""
         self.restarts = 0
         self.target = spec.config.workers.start
 
@@ -125,9 +126,9 @@ class RolloutPool:
         for member in list(self._members.values()):
             self._remove(member)
         self._unwanted.update(self._joining)
-        calls.end([actor for actor in list(self._joining.values()) if actor is not None])
         give_up = time.monotonic() + CLOSE_SECONDS
         while self._joining and time.monotonic() < give_up:
+            calls.end([actor for actor in list(self._joining.values()) if actor is not None])
             self._admit(timeout=0.2)
 
     def running(self) -> dict[str, list[int]]:
@@ -144,7 +145,9 @@ class RolloutPool:
             if not free:
                 return
             if ledger.attempts[index] >= MAX_ATTEMPTS:
-                raise RunFailed(f"step {ledger.step}, group {index}: failed on {MAX_ATTEMPTS} workers")
+                raise RunFailed(
+                    f"step {ledger.step}, group {index}: failed on {MAX_ATTEMPTS} workers, lastly: {self._last_loss}"
+                )
             member = min(free, key=lambda m: len(m.running))
             ledger.dispatch(index, member.name)
             member.running[member.actor.generate.remote(tasks[index])] = (index, time.monotonic())
@@ -281,6 +284,7 @@ class RolloutPool:
         again = ledger.lost(member.name) if ledger else []
         self._remove(member)
         self.restarts += 1
+        self._last_loss = reason
         self._note("worker_lost", worker=member.name, reason=reason, groups=again)
 
     def _remove(self, member: Member) -> None:

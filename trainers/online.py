@@ -127,6 +127,7 @@ class OnlineLoop:
         with self._phase("score", lane="reward-0"):
             for group in self._roles.score(groups):
                 self._ledger.scored(group)
+                self._tick()
         return self._ledger.batch()
 
     def _reference(self, groups: list[Group]) -> list[Group]:

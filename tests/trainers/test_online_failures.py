@@ -1,4 +1,4 @@
-"""What goes wrong in the online loop on real Ray: a worker hangs, one finds no place, the policy dies."""
+"""What goes wrong in the online loop on real Ray: a worker hangs or finds no place, a reward or the policy dies."""
 
 import json
 import os
@@ -93,7 +93,7 @@ def pid_of(actor: str) -> int:
 def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
     begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
 ) -> None:
-    _, undisturbed = begin("calm", 12)
+    _, undisturbed = begin("calm", 8)
     run = RunDir(tmp_path / "dies")
 
     def kill() -> None:
@@ -101,17 +101,17 @@ def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
         os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
 
     with meanwhile(kill), pytest.raises(RunFailed, match=r"policy-0 was lost during .*; the last checkpoint is step"):
-        begin("dies", 12)
+        begin("dies", 8)
     assert RunFailed.exit_code == RaylignError.exit_code == 1
     failed = run.summary()
     assert failed["status"] == "failed"
     assert "`raylign resume dies` goes on" in failed["reason"]
-    _, resumed = begin("dies", 12, resume=True)
+    _, resumed = begin("dies", 8, resume=True)
     assert resumed["status"] == "succeeded"
     assert resumed["weights"] == undisturbed["weights"]
 
 
-def test_a_hung_worker_is_replaced_and_one_without_a_place_holds_nobody_up(
+def test_a_hung_worker_and_a_dead_reward_are_replaced_and_a_worker_without_a_place_holds_nobody_up(
     begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
 ) -> None:
     run = RunDir(tmp_path / "full")
@@ -128,6 +128,9 @@ def test_a_hung_worker_is_replaced_and_one_without_a_place_holds_nobody_up(
         until("the hung one is missed", lambda: bool(run.events("worker_lost")))
         done = len(run.all_metrics())
         until("the run goes on", lambda: len(run.all_metrics()) > done + 1)
+        os.kill(pid_of("full/grpo/reward-0"), signal.SIGKILL)  # Ray starts it again and asks again
+        done = len(run.all_metrics())
+        until("it goes on again", lambda: len(run.all_metrics()) > done + 2)
         asked_to_stop.append(time.monotonic())
         run.desire(stop=True)
 
