@@ -6,12 +6,26 @@ depend on how a step is cut into micro-batches or spread over ranks. Metrics are
 same number by whoever adds the micro-batches up.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Metrics = dict[str, float]
+
+
+class Clip(NamedTuple):
+    """Bounds of the probability ratio: 1 − low, 1 + high, and the dual clip for negative advantages or none."""
+
+    low: float = 0.2
+    high: float = 0.28
+    dual: float | None = 3.0
+
+
+DEFAULT_CLIP = Clip()
+
+Objective = Callable[[Tensor, Tensor, Tensor, Clip], Tensor]
 
 
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -37,20 +51,6 @@ def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Literal["k1
     return d.exp() - d - 1
 
 
-def clipped_objective(ratio_BT: Tensor, advantages_BT: Tensor, low: float, high: float, dual: float | None) -> Tensor:
-    """PPO's clipped surrogate, to be minimised, with separate bounds (DAPO 2503.14476) and a dual clip (1912.09729).
-
-    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio
-    cannot dominate the step.
-    """
-    plain = -ratio_BT * advantages_BT
-    clipped = -ratio_BT.clamp(1 - low, 1 + high) * advantages_BT
-    loss_BT = torch.maximum(plain, clipped)
-    if dual is None:
-        return loss_BT
-    return torch.where(advantages_BT < 0, torch.minimum(loss_BT, -dual * advantages_BT), loss_BT)
-
-
 def mismatch_weights(old_BT: Tensor, behaviour_BT: Tensor, cap: float | None) -> Tensor:
     """Truncated importance weights min(π_trainer / π_engine, cap) per token, no gradient, `[B, T]`; ones without a cap.
 
@@ -62,7 +62,31 @@ def mismatch_weights(old_BT: Tensor, behaviour_BT: Tensor, cap: float | None) ->
     return (old_BT - behaviour_BT).detach().exp().clamp(max=cap)
 
 
-def grpo_loss(
+def clipped_objective(ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip: Clip) -> Tensor:
+    """PPO's clipped surrogate, to be minimised, with separate bounds (DAPO 2503.14476) and a dual clip (1912.09729).
+
+    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio
+    cannot dominate the step.
+    """
+    plain = -ratio_BT * advantages_BT
+    clipped = -ratio_BT.clamp(1 - clip.low, 1 + clip.high) * advantages_BT
+    loss_BT = torch.maximum(plain, clipped)
+    if clip.dual is None:
+        return loss_BT
+    return torch.where(advantages_BT < 0, torch.minimum(loss_BT, -clip.dual * advantages_BT), loss_BT)
+
+
+def cispo_objective(ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip: Clip) -> Tensor:
+    """CISPO (MiniMax-M1 2506.13585), `[B, T]`: −sg(min(r, 1 + high)) · A · log π; no token loses its gradient."""
+    return -ratio_BT.detach().clamp(max=1 + clip.high) * advantages_BT * logprobs_BT
+
+
+OBJECTIVES: dict[str, Objective] = {"grpo": clipped_objective, "cispo": cispo_objective}
+"""What a stage's `loss` names: a function of ratio, log-probs, advantages (all `[B, T]`) and clip bounds, per token."""
+
+
+def policy_loss(
+    objective: Objective,
     logprobs_BT: Tensor,
     old_BT: Tensor,
     behaviour_BT: Tensor,
@@ -71,23 +95,24 @@ def grpo_loss(
     mask_BT: Tensor,
     *,
     total_tokens: int,
-    clip: tuple[float, float, float | None] = (0.2, 0.28, 3.0),
+    clip: Clip = DEFAULT_CLIP,
     mismatch_cap: float | None = 2.0,
     kl: tuple[float, Literal["k1", "k2", "k3"]] | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """GRPO with token-mean aggregation: Σ mask · (w · clipped(r, A) + β · KL) / total_tokens.
+    """A policy-gradient loss with token-mean aggregation: Σ mask · (w · objective + β · KL) / total_tokens.
 
-    `old_BT` are the trainer's log-probs before the step's first update (no gradient), `behaviour_BT` the engine's,
-    `clip` is (low, high, dual), `kl` is (β, estimator) and needs `reference_BT`. An empty mask gives a loss of 0 whose
-    gradient is 0.
+    `old_BT` are the trainer's log-probs before the step's first update (no gradient), `behaviour_BT` the engine's, w
+    the weights that correct one for the other, `kl` is (β, estimator) and needs `reference_BT`. An empty mask gives a
+    loss of 0 whose gradient is 0.
     """
     advantages_BT = advantages_B[:, None].expand_as(logprobs_BT)
     ratio_BT = (logprobs_BT - old_BT).exp()
     weights_BT = mismatch_weights(old_BT, behaviour_BT, mismatch_cap)
-    per_token_BT = weights_BT * clipped_objective(ratio_BT, advantages_BT, *clip)
+    per_token_BT = weights_BT * objective(ratio_BT, logprobs_BT, advantages_BT, clip)
     gap_BT = (old_BT - behaviour_BT).abs() * mask_BT
-    outside_BT = ((ratio_BT < 1 - clip[0]) & (advantages_BT < 0)) | ((ratio_BT > 1 + clip[1]) & (advantages_BT > 0))
-    metrics = {"mismatch/mean": gap_BT.sum(), "clip_fraction": (outside_BT * mask_BT).sum()}
+    low_BT = (ratio_BT < 1 - clip.low) & (advantages_BT < 0)
+    high_BT = (ratio_BT > 1 + clip.high) & (advantages_BT > 0)
+    metrics = {"mismatch/mean": gap_BT.sum(), "clip_fraction": ((low_BT | high_BT) * mask_BT).sum()}
     if kl is not None and reference_BT is not None:
         coefficient, estimator = kl
         kl_BT = kl_penalty(logprobs_BT, reference_BT, estimator)

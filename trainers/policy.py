@@ -76,7 +76,7 @@ class Policy:
         return metrics | {"grad_norm": norm, "learning_rate": rate, "updated": float(norm > 0 and rate > 0)}
 
     def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
-        from .losses import grpo_loss
+        from .losses import OBJECTIVES, Clip, policy_loss
         from .scoring_model import align, completion_logprobs
 
         stage = self._spec.stage
@@ -87,7 +87,8 @@ class Policy:
             batch = align([samples[i] for i in rows], self._device)
             logprobs_BK, entropy_BK = completion_logprobs(self._model, batch, stage.rollout.sampling.temperature)
             old_BK = logprobs_BK.detach()  # one update per batch: the policy before it is the policy itself
-            loss, metrics = grpo_loss(
+            loss, metrics = policy_loss(
+                OBJECTIVES[stage.loss],
                 logprobs_BK,
                 old_BK,
                 batch.behaviour_BK,
@@ -95,7 +96,7 @@ class Policy:
                 batch.advantages_B,
                 batch.mask_BK,
                 total_tokens=total,
-                clip=(stage.clip.low, stage.clip.high, stage.clip.dual),
+                clip=Clip(stage.clip.low, stage.clip.high, stage.clip.dual),
                 mismatch_cap=stage.mismatch_cap,
                 kl=(stage.kl.coefficient, stage.kl.estimator) if stage.kl else None,
             )

@@ -143,6 +143,8 @@ class GrpoStage(StageBase):
     rewards: list[RewardConfig] = Field(min_length=1)
     scoring: ScoringConfig = ScoringConfig()
     kl: KlConfig | None = None
+    loss: Literal["grpo", "cispo"] = "grpo"
+    """The policy objective: clipped surrogate, or CISPO (2506.13585)."""
     clip: ClipConfig = ClipConfig()
     advantage_scale: Literal["none", "batch", "group"] = "batch"
     """What divides reward − group mean: nothing (Dr.GRPO), the batch's std (LitePPO) or the group's (GRPO)."""

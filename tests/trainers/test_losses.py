@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from raylign.trainers.losses import clipped_objective, grpo_loss, kl_penalty, mismatch_weights, token_logprobs
+from raylign.trainers.losses import (
+    OBJECTIVES,
+    Clip,
+    clipped_objective,
+    kl_penalty,
+    mismatch_weights,
+    policy_loss,
+    token_logprobs,
+)
 
 
 def batch(B: int = 4, T: int = 6) -> dict[str, torch.Tensor]:
@@ -38,7 +46,7 @@ def by_loops(b: dict[str, torch.Tensor], total: int) -> float:
 
 def test_grpo_loss_is_the_papers_sum() -> None:
     b = batch()
-    loss, metrics = grpo_loss(**b, total_tokens=14, kl=(0.05, "k3"))
+    loss, metrics = policy_loss(clipped_objective, **b, total_tokens=14, kl=(0.05, "k3"))
     assert loss.item() == pytest.approx(by_loops(b, 14), abs=1e-12)
     gap = ((b["old_BT"] - b["behaviour_BT"]).abs() * b["mask_BT"]).sum()
     assert metrics["mismatch/mean"] == pytest.approx(gap.item())
@@ -48,14 +56,17 @@ def test_gradient_equals_finite_differences() -> None:
     b = batch(2, 3)
     rest = {k: v for k, v in b.items() if k != "logprobs_BT"}
     assert torch.autograd.gradcheck(
-        lambda x: grpo_loss(x, **rest, total_tokens=6, kl=(0.1, "k3"))[0], b["logprobs_BT"].requires_grad_()
+        lambda x: policy_loss(clipped_objective, x, **rest, total_tokens=6, kl=(0.1, "k3"))[0],
+        b["logprobs_BT"].requires_grad_(),
     )
 
 
 def test_on_policy_gradient_is_minus_the_advantage_per_token() -> None:
     logprobs = torch.zeros(2, 3, requires_grad=True)
     advantages, mask = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
-    loss, _ = grpo_loss(logprobs, logprobs.detach(), logprobs.detach(), None, advantages, mask, total_tokens=5)
+    loss, _ = policy_loss(
+        clipped_objective, logprobs, logprobs.detach(), logprobs.detach(), None, advantages, mask, total_tokens=5
+    )
     loss.backward()
     assert torch.allclose(logprobs.grad, torch.tensor([[-2.0, -2, 0], [1, 1, 1]]) / 5)
 
@@ -72,7 +83,9 @@ def test_micro_batches_padding_and_order_do_not_change_the_gradient() -> None:
             pad["mask_BT"] = torch.nn.functional.pad(cut["mask_BT"], (0, extra))
             scale = torch.nn.functional.pad(weights, (0, extra))
             pad["logprobs_BT"] = pad["logprobs_BT"] + scale
-            grpo_loss(**pad, advantages_B=cut["advantages_B"], total_tokens=14, kl=(0.05, "k3"))[0].backward()
+            policy_loss(clipped_objective, **pad, advantages_B=cut["advantages_B"], total_tokens=14, kl=(0.05, "k3"))[
+                0
+            ].backward()
         return weights.grad
 
     whole = gradient([[0, 1, 2, 3]], 0).clone()
@@ -82,7 +95,7 @@ def test_micro_batches_padding_and_order_do_not_change_the_gradient() -> None:
 def test_an_empty_mask_gives_zero() -> None:
     b = batch() | {"mask_BT": torch.zeros(4, 6, dtype=torch.float64)}
     b["logprobs_BT"].requires_grad_()
-    loss, _ = grpo_loss(**b, total_tokens=0, kl=(0.05, "k3"))
+    loss, _ = policy_loss(clipped_objective, **b, total_tokens=0, kl=(0.05, "k3"))
     loss.backward()
     assert loss.item() == 0
     assert not b["logprobs_BT"].grad.any()
@@ -100,8 +113,35 @@ def test_an_empty_mask_gives_zero() -> None:
     ],
 )
 def test_clipping_by_hand(ratio: float, advantage: float, expected: float) -> None:
-    got = clipped_objective(torch.tensor([[ratio]]), torch.tensor([[advantage]]), 0.2, 0.28, 3.0)
+    got = clipped_objective(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), Clip())
     assert got.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.5), (1.0, 1.0), (9.0, 1.28)])
+def test_cispo_weights_the_gradient_and_never_drops_it(ratio: float, weight: float) -> None:
+    logprobs = torch.zeros(1, 1, requires_grad=True)
+    ratios = ratio * (logprobs - logprobs.detach()).exp()
+    OBJECTIVES["cispo"](ratios, logprobs, torch.tensor([[-2.0]]), Clip()).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(2 * weight)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_on_policy_all_objectives_have_the_policy_gradient(name: str) -> None:
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    advantages, mask = torch.tensor([2.0, -1.0]), torch.ones(2, 3)
+    old = logprobs.detach()
+    policy_loss(OBJECTIVES[name], logprobs, old, old, None, advantages, mask, total_tokens=6)[0].backward()
+    assert logprobs.grad is not None
+    assert torch.allclose(logprobs.grad, -advantages[:, None].expand(2, 3) / 6)
+
+
+def test_every_loss_a_recipe_may_name_is_there() -> None:
+    from typing import get_args
+
+    from raylign.trainers.stages import GrpoStage
+
+    assert set(get_args(GrpoStage.model_fields["loss"].annotation)) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)])
