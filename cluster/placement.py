@@ -145,10 +145,7 @@ def place(
     release(group)
     asked = amount(resources.cpus, resources.gpus)
     free = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
-    waited = time.monotonic() - began
-    raise DoesNotFit(
-        f"{role} asked for {asked} and got no place within {waited:.3g} s: {free}. Free some or add a node"
-    )
+    raise DoesNotFit(f"{role} asked for {asked} and got no place within {timeout:g} s: {free}. Free some or add a node")
 
 
 def _ready(group: "PlacementGroup", seconds: float) -> bool:
