@@ -50,8 +50,15 @@ def _of_job(submission: "Submission", follow: bool, tail: int | None) -> int:
     job = jobs.follow(submission.submission_id, _write, skip=len(text))
     if job.status == "failed" and job.driver_exit_code is None:
         notes.print(job.message, highlight=False, markup=False)  # it did not come to a log of its own
-    notes.print(f"{job.run}: {job.status}", highlight=False)
+    notes.print(f"{job.run}: {_ended(submission) or job.status}", highlight=False)
     return job.exit_code
+
+
+def _ended(submission: "Submission") -> str | None:
+    """How the run says it ended, which Ray does not know: to Ray a stopped run's job has failed."""
+    from ..cluster.rundir import RunDir
+
+    return RunDir(Path(submission.storage) / submission.run).summary().get("status")
 
 
 def _of_file(run: "RunDir", follow: bool, tail: int | None) -> int:

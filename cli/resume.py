@@ -13,20 +13,14 @@ def resume(
     storage: StorageOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Go on with a run from its last checkpoint; what is finished is not done again.
+    """Go on with a run here, from its last checkpoint; what is finished is not done again.
+
+    A job goes on in its cluster when its recipe is submitted again.
 
     Example: raylign resume quickstart
     """
-    from ..cluster.errors import InputError
     from ..cluster.rundir import RunDir
-    from ..cluster.submission import Submission
     from ..trainers.recipe import load_recipe
 
-    root = (storage or Path("runs")).resolve()
-    directory = RunDir.find(root, run)
-    if Submission.load(root, run):
-        raise InputError(
-            f"run {run!r} was submitted as a job: submit its recipe again (`raylign submit RECIPE --name {run}`), "
-            "it goes on from its last checkpoint there"
-        )
+    directory = RunDir.find((storage or Path("runs")).resolve(), run)
     go(load_recipe(directory / "recipe.yaml"), directory, json=json)

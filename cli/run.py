@@ -20,6 +20,9 @@ def run(
     set_: SetOption = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster, host:port; a local Ray by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on if a run of that name is there.")] = False,
+    keep_source: Annotated[
+        bool, typer.Option("--keep-source", help="Copy the recipe's folder into the run and use the copy.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe here: on a local Ray, or on --address.
@@ -36,6 +39,10 @@ def run(
     from ..trainers.launch import open_run
 
     directory = open_run(config, storage or Path(config.storage), named=name is not None, resume=resume)
+    if keep_source:
+        from ..trainers.shipping import keep
+
+        config = keep(recipe, overrides, directory)
     go(config, directory, json=json)
 
 

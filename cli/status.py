@@ -56,7 +56,7 @@ def _job(root: Path, run: str) -> dict[str, Any] | None:
     return {
         "run": run,
         "status": job.status,
-        "reason": job.message,
+        "reason": (job.message.strip().splitlines() or [""])[-1],
         **empty,
         "since": None,
         "address": submission.address,

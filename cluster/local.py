@@ -117,7 +117,7 @@ def _start(cluster: LocalCluster, port: int, say: Callable[[str], None]) -> Loca
         which = _head(port) if number == 0 else ["--address", cluster.address]
         _ray_start(cluster, number, which)
         if number == 0:
-            cluster = replace(cluster, address=(Path(cluster.folder) / "ray_current_cluster").read_text().strip())
+            cluster = replace(cluster, address=(_node_folder(cluster, 0) / "ray_current_cluster").read_text().strip())
     say("jobs API")
     _wait_ready(cluster)
     cluster = replace(cluster, processes=tuple(started(p) for p in cluster.members()))
@@ -136,7 +136,15 @@ def _ray_start(cluster: LocalCluster, number: int, which: list[str]) -> None:
     store = int(min(2e9, max(1e8, 0.3 * psutil.virtual_memory().total / cluster.nodes)))
     host = loopback_host(2 + number)
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", *which, "--temp-dir", cluster.folder),
+        *(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *which,
+            "--temp-dir",
+            str(_node_folder(cluster, number)),
+        ),
         *(("--node-ip-address", host) if host else ()),
         *("--num-cpus", str(cluster.cpus_per_node), "--object-store-memory", str(store)),
         *("--min-worker-port", "0", "--max-worker-port", "0", "--dashboard-agent-listen-port", "0"),
@@ -157,6 +165,11 @@ def _ray_start(cluster: LocalCluster, number: int, which: list[str]) -> None:
             raise RunFailed(f"Ray node {number + 1} did not start within {_START_SECONDS} s: {_tail(log)}") from None
     if done.returncode:
         raise RunFailed(f"Ray node {number + 1} did not start: {_tail(log)}")
+
+
+def _node_folder(cluster: LocalCluster, number: int) -> Path:
+    """Where a node keeps its files; in a common folder, a node that unpacks a job's files replaces those others use."""
+    return Path(cluster.folder) / str(number)
 
 
 def _environment(cluster: LocalCluster) -> dict[str, str]:

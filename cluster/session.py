@@ -73,6 +73,7 @@ def _local(config: ClusterConfig, dashboard: bool) -> Iterator[Session]:
                 namespace=NAMESPACE,
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
+                dashboard_port=free_port("127.0.0.1"),  # 8265 is for a cluster that stays
                 log_to_driver=False,
                 logging_level=logging.WARNING,
                 _node_ip_address=host,

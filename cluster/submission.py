@@ -66,7 +66,7 @@ def _note(storage: Path, run: str) -> Path:
 
 
 def entrypoint(recipe: str, run: str, storage: str, overrides: Sequence[str]) -> str:
-    """The job's command: `raylign run` in the folder that was sent, going on with what an earlier attempt left."""
-    flags = ["--name", run, "--storage", storage, "--resume"]
+    """The job's command: `raylign run` on a copy of the folder that was sent, going on with what was left earlier."""
+    flags = ["--name", run, "--storage", storage, "--resume", "--keep-source"]
     sets = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["python", "-m", "raylign.cli", "run", recipe, *flags, *sets])

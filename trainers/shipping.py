@@ -1,13 +1,17 @@
 """What a recipe needs besides its own folder, when the run happens elsewhere. Imports neither ray nor torch."""
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..cluster.rundir import RunDir, write_atomically
 from .config import RunConfig
+from .recipe import dump_recipe, load_recipe
 
 
 def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -41,3 +45,20 @@ def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield place, inner
         else:
             yield from _leaves(inner, place)
+
+
+def keep(recipe: Path, overrides: Sequence[str], run: RunDir) -> RunConfig:
+    """Copy a recipe's folder to `<run>/source`, load the recipe from there, and work in the run's directory.
+
+    A job's own copy is Ray's to delete, and lies on one node; the run's storage is shared and stays, for actors on
+    other nodes and for a later resume.
+    """
+    draft, source = run / ".source", run / "source"
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(recipe.resolve().parent, draft)
+    shutil.rmtree(source, ignore_errors=True)
+    draft.rename(source)
+    config = load_recipe(source / recipe.name, overrides).model_copy(update={"name": run.name})
+    write_atomically(run / "recipe.yaml", dump_recipe(config))
+    os.chdir(run.path)
+    return config
