@@ -1,7 +1,8 @@
 """Fixtures shared by all tests: tiny random models made on the spot, and one Ray session."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,12 +63,63 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def tiny_grpo(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Writes a GRPO recipe on the tiny model: `tiny_grpo(name, **overrides)` gives its path.
+
+    The reward counts vowels, so a random model has something to learn from the first step on. An override is a key of
+    the recipe with `__` for a dot: `stages__0__steps=4`.
+    """
+    (tmp_path / "rewards.py").write_text(
+        "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
+    )
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(10)))
+
+    def write(name: str, **overrides: Any) -> Path:
+        from raylign.trainers.recipe import dump_recipe, load_recipe
+
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TINY_GRPO.format(name=name, model=tiny_model))
+        changed = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+        path.write_text(dump_recipe(load_recipe(path, changed)))
+        return path
+
+    return write
+
+
+TINY_GRPO = """\
+name: {name}
+seed: 5
+model: {{path: {model}}}
+stages:
+  - type: grpo
+    adapter: {{type: lora, r: 4}}
+    data: {{path: prompts.jsonl}}
+    steps: 4
+    batch_size: 32
+    learning_rate: 1e-2
+    checkpoint_every: 1
+    rollout:
+      workers: {{min: 1, max: 3, start: 1}}
+      group_size: 8
+      sampling: {{max_tokens: 12}}
+      max_prompt_tokens: 40
+      slots: 16
+    rewards: [{{type: function, path: "rewards.py:vowels"}}]
+    kl: {{coefficient: 0.01}}
+"""
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[str]:
     """One local Ray for the whole test session; gives its address."""
     import ray
+    from raylign.cluster.session import loopback_host
 
-    context = ray.init(address="local", num_cpus=8, include_dashboard=False, namespace="raylign", log_to_driver=False)
+    here = {"_node_ip_address": host} if (host := loopback_host()) else {}
+    context = ray.init(
+        address="local", num_cpus=8, include_dashboard=False, namespace="raylign", log_to_driver=False, **here
+    )
     yield context.address_info["address"]
     ray.shutdown()
 

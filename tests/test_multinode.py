@@ -14,37 +14,14 @@ from typing import Any
 
 import pytest
 
-RECIPE = """\
-name: {name}
-seed: 5
-model: {{path: {model}}}
-stages:
-  - type: grpo
-    adapter: {{type: lora, r: 4}}
-    data: {{path: prompts.jsonl}}
-    steps: {steps}
-    batch_size: 32
-    learning_rate: 1e-2
-    checkpoint_every: 50
-    rollout:
-      workers: {{min: 1, max: 3, start: 1}}
-      group_size: 8
-      sampling: {{max_tokens: 12}}
-      max_prompt_tokens: 40
-      slots: 8
-    rewards: [{{type: function, path: "rewards.py:vowels"}}]
-    kl: {{coefficient: 0.01}}
-cluster: {{wait_seconds: 60}}
-"""
-REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
-STEPS = 60
-
 
 @pytest.mark.multinode
-def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(tiny_model: Path, tmp_path: Path) -> None:
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(10)))
-    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path), str(tiny_model)]
+def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(
+    tiny_grpo: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("alone", "spread"):
+        tiny_grpo(name, stages__0__steps=60, stages__0__checkpoint_every=50, stages__0__rollout__slots=8)
+    command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     seen = json.loads((tmp_path / "seen.json").read_text())
@@ -65,7 +42,7 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(tiny_model: P
 # ---- what runs in the process of its own
 
 
-def scenario(folder: Path, model: Path) -> dict[str, Any]:
+def scenario(folder: Path) -> dict[str, Any]:
     """One worker undisturbed; then nodes join, workers go 1 → 3 → 2, and the node of one is lost."""
     import ray
     from ray.cluster_utils import Cluster
@@ -78,9 +55,9 @@ def scenario(folder: Path, model: Path) -> dict[str, Any]:
     try:
         here = {f"_{key}": host for key, host in hosts[0].items()}
         ray.init(address=cluster.address, namespace="raylign", log_to_driver=False, **here)
-        alone = start(folder, "alone", model).end()
+        alone = start(folder, "alone").end()
         run = RunDir(folder / "spread")
-        running = start(folder, "spread", model)
+        running = start(folder, "spread")
         until("a worker works", running, lambda: workers(run) == 1)
         nodes = [cluster.add_node(num_cpus=1, **host) for host in hosts[1:]]
         run.desire(rollout=3)
@@ -123,15 +100,13 @@ class Running:
         return self._result
 
 
-def start(folder: Path, name: str, model: Path) -> Running:
+def start(folder: Path, name: str) -> Running:
     from raylign.trainers.inputs import read_inputs
     from raylign.trainers.launch import open_run
     from raylign.trainers.pipeline import run_recipe
     from raylign.trainers.recipe import load_recipe
 
-    path = folder / f"{name}.yaml"
-    path.write_text(RECIPE.format(name=name, model=model, steps=STEPS))
-    config = load_recipe(path)
+    config = load_recipe(folder / f"{name}.yaml")
     run = open_run(config, folder, named=True, resume=False)
     inputs = read_inputs(config, run.path)
     return Running(lambda: run_recipe(config, run, inputs, lambda _: None))
@@ -162,4 +137,4 @@ def named_actors(prefix: str) -> dict[str, str]:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    (root / "seen.json").write_text(json.dumps(scenario(root, Path(sys.argv[2]))))
+    (root / "seen.json").write_text(json.dumps(scenario(root)))

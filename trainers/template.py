@@ -181,8 +181,10 @@ def encode_pair(
     if answers[0] == answers[1]:
         raise InputError("chosen and rejected are the same: such a pair teaches nothing")
     longest = max(len(a) for a in answers)
-    if (longest > max_length and not truncate) or start >= max_length:
+    if longest > max_length and not truncate:
         raise InputError(_too_long(longest, max_length))
+    if start >= max_length:
+        raise InputError(f"no supervised tokens: the first {max_length} tokens are all prompt; raise max_length")
     cut = [a[:max_length] for a in answers]
     return EncodedPair(cut[0][:start], cut[0][start:], cut[1][start:], cut != answers)
 

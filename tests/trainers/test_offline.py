@@ -16,7 +16,6 @@ from raylign.cluster.errors import DoesNotFit, RunFailed
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, load_adapter
 from raylign.trainers.adapters import open_base, open_model
-from raylign.trainers.data import kind_of_stage, load_rows
 from raylign.trainers.model_state import ModelState, StageOutcome, starting_model
 from raylign.trainers.offline import (
     OfflineStage,
@@ -24,7 +23,6 @@ from raylign.trainers.offline import (
     run_offline_stage,
 )
 from raylign.trainers.proof import prove_stage
-from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import CptStage, DataConfig, DpoStage, LoraConfig, SftStage
 from raylign.trainers.template import load_tokenizer
 
@@ -217,26 +215,3 @@ def test_row_order_uses_every_row_before_any_twice() -> None:
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
     assert order == row_order(3, 10, 4, 5)
     assert order != row_order(4, 10, 4, 5)
-
-
-# ---- recipes on real rows
-
-
-@pytest.mark.parametrize(
-    ("recipe", "file"),
-    [("alpaca-sft.yaml", "sft/alpaca_en_demo.json"), ("dpo.yaml", "preference/dpo_en_demo.json")],
-)
-def test_the_recipes_train_on_real_rows(
-    recipe: str, file: str, shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
-) -> None:
-    small = ["stages.0.steps=2", "stages.0.batch_size=4", "stages.0.micro_batch_size=2", "stages.0.data.limit=40"]
-    places = [f"model.path={tiny_model}", f"stages.0.data.path={shared_data / file}"]
-    config = load_recipe(RECIPES / recipe, [*small, *places])
-    stage = config.stages[0]
-    assert isinstance(stage, OfflineStage)
-    tokenizer = load_tokenizer(tiny_model)
-    rows = load_rows(stage.data, Path(stage.data.path), kind_of_stage(stage))
-    whole = [row for row in rows if not prove_stage(stage, [row], tokenizer).refusals]
-    outcome = run(stage, whole, ModelState(Path(config.model.path)), tmp_path)
-    assert outcome.model.adapter
-    assert np.isfinite(losses(tmp_path, stage.type)).all()

@@ -1,55 +1,16 @@
 """The online loop on real Ray: the same result for any number of workers, deaths and resumes."""
 
-import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.inputs import read_inputs
 from raylign.trainers.launch import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
-
-RECIPE = """\
-name: {name}
-seed: 5
-model: {{path: {model}}}
-stages:
-  - type: grpo
-    adapter: {{type: lora, r: 4}}
-    data: {{path: prompts.jsonl}}
-    steps: 4
-    batch_size: 32
-    learning_rate: 1e-2
-    checkpoint_every: 1
-    rollout:
-      workers: {{min: 1, max: 3, start: {workers}}}
-      group_size: 8
-      sampling: {{max_tokens: 12}}
-      max_prompt_tokens: 40
-      slots: 16
-    rewards: [{{type: function, path: "rewards.py:vowels"}}]
-    kl: {{coefficient: 0.01}}
-"""
-REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, tiny_model: Path) -> Callable[[str, int], Any]:
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    rows = [json.dumps({"prompt": f"word {n}"}) for n in range(10)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-
-    def make(name: str, workers: int) -> Any:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(RECIPE.format(name=name, model=tiny_model, workers=workers))
-        return load_recipe(path)
-
-    return make
 
 
 def start(config: Any, storage: Path) -> tuple[RunDir, dict[str, Any]]:
@@ -65,11 +26,11 @@ def samples(run: RunDir) -> list[tuple[Any, ...]]:
 
 
 def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
-    recipe: Callable[[str, int], Any], ray_session: str, tmp_path: Path
+    tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path
 ) -> None:
     import ray
 
-    alone, summary = start(recipe("alone", 1), tmp_path)
+    alone, summary = start(load_recipe(tiny_grpo("alone")), tmp_path)
     assert summary["status"] == "succeeded"
     assert summary["weights"]["version"] == 4
     assert summary["workers"] == {"min": 1, "max": 1}
@@ -78,7 +39,7 @@ def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
     assert all(m["mismatch/max"] < 1e-3 for m in alone.all_metrics())
     assert all(m["kl"] > 0 for m in alone.all_metrics()[1:])
 
-    config = recipe("troubled", 2)
+    config = load_recipe(tiny_grpo("troubled", stages__0__rollout__workers__start=2))
     run = RunDir(tmp_path / "troubled")
     killed = threading.Event()
 

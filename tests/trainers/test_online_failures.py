@@ -1,6 +1,5 @@
 """What goes wrong in the online loop on real Ray: a worker hangs or finds no place, a reward or the policy dies."""
 
-import json
 import os
 import signal
 import threading
@@ -17,41 +16,22 @@ from raylign.cluster.rundir import RunDir
 from raylign.trainers.launch import launch, open_run
 from raylign.trainers.recipe import load_recipe
 
-RECIPE = """\
-name: {name}
-seed: 5
-model: {{path: {model}}}
-stages:
-  - type: grpo
-    adapter: {{type: lora, r: 4}}
-    data: {{path: prompts.jsonl}}
-    steps: {steps}
-    batch_size: 32
-    learning_rate: 1e-2
-    checkpoint_every: 2
-    rollout:
-      workers: {{min: 1, max: 3, start: 1}}
-      group_size: 8
-      sampling: {{max_tokens: 12}}
-      max_prompt_tokens: 40
-      slots: 16
-      resources: {{cpus: 3}}
-      timeout_seconds: 5
-    rewards: [{{type: function, path: "rewards.py:vowels"}}]
-cluster: {{wait_seconds: 30, cpus: 8}}
-"""
-REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
-
 
 @pytest.fixture
-def begin(tmp_path: Path, tiny_model: Path, ray_session: str) -> Callable[..., tuple[RunDir, dict[str, Any]]]:
+def begin(
+    tmp_path: Path, tiny_grpo: Callable[..., Path], ray_session: str
+) -> Callable[..., tuple[RunDir, dict[str, Any]]]:
     """Start a run, or go on with it, as `raylign run` and `resume` do."""
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"word {n}"}) + "\n" for n in range(10)))
+    hurried = {
+        "stages__0__kl": "null",
+        "stages__0__checkpoint_every": 2,
+        "stages__0__rollout__resources": "{cpus: 3}",
+        "stages__0__rollout__timeout_seconds": 5,
+        "cluster": "{wait_seconds: 30, cpus: 8}",
+    }
 
     def begin(name: str, steps: int, *, resume: bool = False) -> tuple[RunDir, dict[str, Any]]:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(RECIPE.format(name=name, model=tiny_model, steps=steps))
+        path = tiny_grpo(name, stages__0__steps=steps, **hurried)
         run = open_run(load_recipe(path), tmp_path, named=True, resume=resume)
         return run, launch(load_recipe(path), run, lambda _: None)
 
