@@ -6,7 +6,7 @@ install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "raylign needs Python 3.11 ($(PYTHON) was not found; set PYTHON=…)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0' -e '.[dev,qlora]'
 	touch $@
 
@@ -22,4 +22,4 @@ check: install
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build dist *.egg-info runs .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
