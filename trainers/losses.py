@@ -31,10 +31,12 @@ Objective = Callable[[Tensor, Tensor, Tensor, Clip], Tensor]
 def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-prob of each token under the distribution it was sampled from, and that distribution's entropy; `[B, T]`.
 
-    Logits are taken to fp32 before the softmax (ScaleRL 2510.13786). A temperature of 0 (greedy) counts as 1.
+    Logits are taken to fp32 before the softmax (ScaleRL 2510.13786). The distribution is that of the temperature alone
+    (above 0), without top-p or top-k. The entropy has no gradient: a metric needs none, and its graph would be large.
     """
-    logp_BTV = (logits_BTV.float() / (temperature or 1.0)).log_softmax(-1)
-    entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
+    logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
+    with torch.no_grad():
+        entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
     return logp_BTV.gather(-1, tokens_BT[..., None])[..., 0], entropy_BT
 
 
@@ -102,9 +104,14 @@ def policy_loss(
     """A policy-gradient loss with token-mean aggregation: Σ mask · (w · objective + β · KL) / total_tokens.
 
     `old_BT` are the trainer's log-probs before the step's first update (no gradient), `behaviour_BT` the engine's, w
-    the weights that correct one for the other, `kl` is (β, estimator) and needs `reference_BT`. An empty mask gives a
-    loss of 0 whose gradient is 0.
+    the weights that correct one for the other, `kl` is (β, estimator) and needs `reference_BT`: a `ValueError` where it
+    is missing. An empty mask gives a loss of 0 whose gradient is 0, and what stands at masked places, infinite or not,
+    has no effect.
     """
+    if kl is not None and reference_BT is None:
+        raise ValueError("the loss has a KL term, but the samples have no log-probs of the reference")
+    on_BT = mask_BT > 0  # exp() at a masked place may be infinite, and infinity times a mask of 0 is NaN
+    logprobs_BT, old_BT, behaviour_BT = (torch.where(on_BT, x, 0.0) for x in (logprobs_BT, old_BT, behaviour_BT))
     advantages_BT = advantages_B[:, None].expand_as(logprobs_BT)
     ratio_BT = (logprobs_BT - old_BT).exp()
     weights_BT = mismatch_weights(old_BT, behaviour_BT, mismatch_cap)
@@ -115,7 +122,7 @@ def policy_loss(
     metrics = {"mismatch/mean": gap_BT.sum(), "clip_fraction": ((low_BT | high_BT) * mask_BT).sum()}
     if kl is not None and reference_BT is not None:
         coefficient, estimator = kl
-        kl_BT = kl_penalty(logprobs_BT, reference_BT, estimator)
+        kl_BT = kl_penalty(logprobs_BT, torch.where(on_BT, reference_BT, 0.0), estimator)
         per_token_BT = per_token_BT + coefficient * kl_BT
         metrics["kl"] = (kl_BT * mask_BT).sum()
     loss = (per_token_BT * mask_BT).sum() / max(total_tokens, 1)

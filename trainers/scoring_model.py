@@ -30,7 +30,10 @@ class Aligned:
 
 
 def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
-    """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at."""
+    """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at.
+
+    Raises `ValueError` where some samples have the reference's log-probs and some do not.
+    """
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
     ids = pad([np.concatenate([s.prompt, s.tokens]).astype(np.int64) for s in samples], length)
@@ -45,6 +48,8 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
 
     ids_BL = torch.from_numpy(ids).to(device)
     references = [s.reference for s in samples if s.reference is not None]
+    if references and len(references) < len(samples):
+        raise ValueError(f"{len(samples) - len(references)} of {len(samples)} samples lack the reference's log-probs")
     return Aligned(
         ids_BL=ids_BL,
         attention_BL=torch.from_numpy(attention).to(device),
@@ -52,7 +57,7 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         targets_BK=ids_BL[:, first + 1 :],
         mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
         behaviour_BK=at_completion([s.behaviour for s in samples]),
-        reference_BK=at_completion(references) if len(references) == len(samples) else None,
+        reference_BK=at_completion(references) if references else None,
         advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
     )
 

@@ -101,6 +101,28 @@ def test_an_empty_mask_gives_zero() -> None:
     assert not b["logprobs_BT"].grad.any()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("junk", [1e4, -1e4, math.inf])
+def test_what_stands_at_masked_places_has_no_effect(name: str, junk: float) -> None:
+    clean, dirty = batch(), batch()
+    for key, sign in (("logprobs_BT", -1), ("old_BT", 1), ("behaviour_BT", -1), ("reference_BT", 1)):
+        dirty[key] = torch.where(dirty["mask_BT"] > 0, dirty[key], sign * junk)
+    results = []
+    for b in (clean, dirty):
+        b["logprobs_BT"].requires_grad_()
+        loss, metrics = policy_loss(OBJECTIVES[name], **b, total_tokens=14, kl=(0.05, "k3"))
+        loss.backward()
+        results.append((loss.item(), metrics, b["logprobs_BT"].grad * b["mask_BT"], b["logprobs_BT"].grad))
+    assert results[0][:2] == results[1][:2]
+    assert torch.equal(results[0][2], results[1][3])
+
+
+def test_a_kl_without_a_reference_is_an_error() -> None:
+    b = batch() | {"reference_BT": None}
+    with pytest.raises(ValueError, match="no log-probs of the reference"):
+        policy_loss(clipped_objective, **b, total_tokens=14, kl=(0.05, "k3"))
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
     [
