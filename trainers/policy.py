@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from ..cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_di
 from .batch import TrainSample, micro_batches
 from .schedule import learning_rate
 from .stages import GrpoStage
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +27,11 @@ class PolicySpec:
 
 
 class Policy:
-    """The model that learns. One rank; CPU or GPU."""
+    """The model that learns. One rank; CPU or GPU.
+
+    It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
+    sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
+    """
 
     def __init__(self, spec: PolicySpec) -> None:
         import torch
@@ -39,11 +40,10 @@ class Policy:
         from .adapters import open_model
 
         torch.set_num_threads(1)
-        torch.manual_seed(spec.seed)
         self._spec = spec
         self._device = _device(spec.stage.policy.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model: nn.Module = nn.Module.to(model, self._device).train()
+        self._model: nn.Module = nn.Module.to(model, self._device).eval()
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),
@@ -101,11 +101,11 @@ class Policy:
                 kl=(stage.kl.coefficient, stage.kl.estimator) if stage.kl else None,
             )
             loss.backward()
-            metrics |= {"loss": loss.item() * total, "entropy": (entropy_BK * batch.mask_BK).sum().item()}
+            metrics |= {"loss": loss.item() * total, "entropy": entropy_BK[batch.mask_BK > 0].sum().item()}
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value
-            gap = ((old_BK - batch.behaviour_BK).abs() * batch.mask_BK).max().item()
-            largest = max(largest, gap)
+            gaps = (old_BK - batch.behaviour_BK).abs()[batch.mask_BK > 0]
+            largest = max(largest, *gaps.tolist())
         return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
 
     def export(self) -> tuple[Tensors, dict[str, Any], str]:

@@ -131,7 +131,11 @@ class ClipConfig(Config):
 
 
 class GrpoStage(StageBase):
-    """Group-relative policy optimization (2402.03300) with separate policy, reference, reward and rollout actors."""
+    """Group-relative policy optimization (2402.03300) with separate policy, reference, reward and rollout actors.
+
+    The trainer's log-probs are those of `rollout.sampling.temperature` alone, which must be above 0; what would make
+    the engine draw from another distribution (top-p, top-k, greedy, dropout) is refused.
+    """
 
     type: Literal["grpo"] = "grpo"
     adapter: LoraConfig | None = None
@@ -155,6 +159,9 @@ class GrpoStage(StageBase):
     staleness: Literal[0] = 0
     policy: Resources = Resources()
     reference: Resources = Resources(cpus=0.5)
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
+    counts as lost; `rollout.timeout_seconds` is for one group's generation."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GrpoStage":
@@ -163,6 +170,25 @@ class GrpoStage(StageBase):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of rollout.group_size {size}: "
                 f"take {max(1, self.batch_size // size) * size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_on_what_is_sampled(self) -> "GrpoStage":
+        sampling, reason = self.rollout.sampling, "the trainer's log-probs are those of the temperature alone"
+        if sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature 0: greedy completions of a group are all equal, so there is nothing to "
+                "learn from; take 1.0"
+            )
+        if sampling.top_p < 1:
+            raise ValueError(f"rollout.sampling.top_p {sampling.top_p:g}: {reason}; take 1.0")
+        if sampling.top_k > 0:
+            raise ValueError(f"rollout.sampling.top_k {sampling.top_k}: {reason}; take 0")
+        if self.adapter and self.adapter.dropout > 0:
+            raise ValueError(
+                f"adapter.dropout {self.adapter.dropout:g}: the engine samples without dropout, so the trainer's "
+                "log-probs would be of another distribution; take 0"
             )
         return self
 

@@ -1,5 +1,6 @@
 """Recipes: what is wrong is answered with file, line, nearest name and the mend."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,23 @@ def test_mistakes_name_their_place_and_mend(recipe: Path, old: str, new: str, li
     assert str(recipe) in str(error.value)
     if "YAML" not in message:
         assert f"{recipe}:{line}:" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.1.rollout.sampling.top_p=0.9",
+            "top_p 0.9: the trainer's log-probs are those of the temperature alone",
+        ),
+        ("stages.1.rollout.sampling.top_k=5", "top_k 5: the trainer's log-probs are those of the temperature alone"),
+        ("stages.1.rollout.sampling.temperature=0", "there is nothing to learn from; take 1.0"),
+        ("stages.1.adapter={dropout: 0.1}", "adapter.dropout 0.1: the engine samples without dropout"),
+    ],
+)
+def test_grpo_refuses_what_makes_trainer_and_engine_differ(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(recipe, [override])
 
 
 @pytest.mark.parametrize(
