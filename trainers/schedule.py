@@ -1,6 +1,7 @@
 """Pure functions of the step: the learning rate and which prompts a step draws. So a resume needs no state for them."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,12 +31,6 @@ def prompts_of_step(seed: int, rows: int, per_step: int, step: int) -> list[int]
     return chosen
 
 
-_cache: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)
 def _permutation(seed: int, rows: int, epoch: int) -> np.ndarray:
-    key = (seed, rows, epoch)
-    if key not in _cache:
-        _cache.clear()
-        _cache[key] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
-    return _cache[key]
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(rows)
