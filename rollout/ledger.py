@@ -28,7 +28,10 @@ class Ledger:
         self._state = dict.fromkeys(range(size), GroupState.PENDING)
         self._groups: dict[int, Group] = {}
         self._worker: dict[int, str] = {}
-        self.attempts = dict.fromkeys(range(size), 0)
+        self.failures = dict.fromkeys(range(size), 0)
+        """How often a group itself raised an error."""
+        self.losses = dict.fromkeys(range(size), 0)
+        """How often a group's worker was lost under it, through no known fault of the group."""
 
     def pending(self) -> list[int]:
         """Groups that wait for a worker, in order."""
@@ -47,13 +50,18 @@ class Ledger:
         """A worker took a pending group."""
         self._move(index, GroupState.PENDING, GroupState.RUNNING)
         self._worker[index] = worker
-        self.attempts[index] += 1
+
+    def failed(self, index: int) -> None:
+        """A running group raised an error: it is pending again."""
+        self._move(index, GroupState.RUNNING, GroupState.PENDING)
+        self.failures[index] += 1
 
     def lost(self, worker: str) -> list[int]:
         """A worker is gone: its running groups are pending again. Returns them."""
         mine = [i for i, w in self._worker.items() if w == worker and self._state[i] is GroupState.RUNNING]
         for index in mine:
             self._state[index] = GroupState.PENDING
+            self.losses[index] += 1
         return mine
 
     def generated(self, group: Group) -> bool:
@@ -77,10 +85,6 @@ class Ledger:
     def batch(self) -> list[Group]:
         """The groups in their order in the step, never in order of arrival."""
         return [self._groups[i] for i in sorted(self._groups)]
-
-    def running(self) -> dict[int, str]:
-        """Which worker has which group now."""
-        return {i: w for i, w in self._worker.items() if self._state[i] is GroupState.RUNNING}
 
     def _move(self, index: int, before: GroupState, after: GroupState) -> None:
         if self._state[index] is not before:

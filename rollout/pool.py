@@ -7,20 +7,18 @@ number of workers and any of their deaths.
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..cluster import calls
-from ..cluster.errors import DoesNotFit, RaylignError, RunFailed, WorkerLost
+from ..cluster.errors import DoesNotFit, InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.placement import place, release
 from ..cluster.weights import WeightVersion
 from .ledger import GroupState, Ledger
+from .pool_rules import MAX_FAILURES, assign, give_up, moves, pause
 from .records import Group
 from .worker import RolloutActor, WorkerSpec
-
-MAX_ATTEMPTS = 4
-"""How often a group or a start may fail before the run does."""
 
 CLOSE_SECONDS = 15.0
 """How long `close` waits for workers on their way to notice that they are not wanted."""
@@ -85,13 +83,22 @@ class RolloutPool:
         return self.target
 
     def set_weights(self, weights: WeightVersion) -> None:
-        """Give every worker a new version and have each prove its digest; one that does not is replaced."""
+        """Give every worker a new version and have each prove its digest; one that does not is replaced.
+
+        Raises `RunFailed` when all of them refuse it: then the version is wrong, not a worker.
+        """
         self._weights = weights
         refs = {m.name: m.actor.set_weights.remote(weights) for m in self._members.values()}
+        refused = 0
         for name, ref in refs.items():
             try:
-                self._prove(self._members[name], ref)
-            except WorkerLost as error:
+                self._prove(self._members[name], ref, weights)
+            except RaylignError as error:
+                refused += not isinstance(error, WorkerLost)
+                if refused == len(refs):
+                    raise RunFailed(
+                        f"every rollout worker refuses weight version {weights.version}, lastly: {error}"
+                    ) from error
                 self._lose(self._members[name], str(error), None)
         self._admit(timeout=0)
         self._reconcile()
@@ -131,26 +138,21 @@ class RolloutPool:
             calls.end([actor for actor in list(self._joining.values()) if actor is not None])
             self._admit(timeout=0.2)
 
-    def running(self) -> dict[str, list[int]]:
-        """Which groups each worker has now."""
-        return {m.name: sorted(i for i, _ in m.running.values()) for m in self._members.values()}
-
     def _dispatch(self, tasks: dict[int, Group], ledger: Ledger) -> None:
         """Give each pending group to the worker with the fewest, as far as its slots go."""
-        config = self._spec.config
-        capacity = max(1, config.slots // config.group_size)
-        ready = [m for m in self._members.values() if not m.draining]
-        for index in ledger.pending():
-            free = [m for m in ready if len(m.running) < capacity]
-            if not free:
-                return
-            if ledger.attempts[index] >= MAX_ATTEMPTS:
-                raise RunFailed(
-                    f"step {ledger.step}, group {index}: failed on {MAX_ATTEMPTS} workers, lastly: {self._last_loss}"
-                )
-            member = min(free, key=lambda m: len(m.running))
-            ledger.dispatch(index, member.name)
+        pending = ledger.pending()
+        for index in pending:
+            if why := give_up(ledger, index, self._last_loss):
+                raise RunFailed(why)
+        load = {m.name: len(m.running) for m in self._members.values() if not m.draining}
+        for index, name in assign(pending, load, self._capacity()):
+            member = self._members[name]
+            ledger.dispatch(index, name)
             member.running[member.actor.generate.remote(tasks[index])] = (index, time.monotonic())
+
+    def _capacity(self) -> int:
+        """Groups that a worker has at once."""
+        return max(1, self._spec.config.slots // self._spec.config.group_size)
 
     def _collect(self, ref: Any, ledger: Ledger) -> Iterator[Group]:
         member = next((m for m in self._members.values() if ref in m.running), None)
@@ -160,8 +162,10 @@ class RolloutPool:
         try:
             group = calls.get(ref, actor=member.name, what=f"step {ledger.step} group {index}", timeout=30)
         except RunFailed as error:
-            member.running[ref] = (index, 0.0)
-            self._lose(member, str(error), ledger)
+            own = not isinstance(error, WorkerLost)
+            if own:
+                ledger.failed(index)
+            self._lose(member, str(error), ledger, failed=[index] if own else [])
             return
         if ledger.generated(group):
             yield group
@@ -175,14 +179,14 @@ class RolloutPool:
 
     def _reconcile(self) -> None:
         """Move towards the target: start what is missing, drain what is too much, end what has drained."""
-        ready = [m for m in self._members.values() if not m.draining]
-        coming = [name for name in self._joining if name not in self._unwanted]
-        for _ in range(self.target - len(ready) - len(coming) if time.monotonic() >= self._join_after else 0):
+        ready = [m.name for m in self._members.values() if not m.draining]
+        due = moves(self.target, ready, [name for name in self._joining if name not in self._unwanted])
+        for _ in range(due.start if time.monotonic() >= self._join_after else 0):
             self._begin_join()
-        self._unwanted.update(coming[max(0, self.target - len(ready)) :])
-        for member in ready[self.target :] if self.target else ready:
-            member.draining = True
-            self._note("worker_draining", worker=member.name)
+        self._unwanted.update(due.unwanted)
+        for name in due.drain:
+            self._members[name].draining = True
+            self._note("worker_draining", worker=name)
         for member in [m for m in self._members.values() if m.draining and not m.running]:
             self._remove(member)
             self._note("worker_left", worker=member.name)
@@ -192,29 +196,42 @@ class RolloutPool:
         self._started += 1
         self._joining[name] = None
         self._note("worker_joining", worker=name)
-        threading.Thread(target=self._join, args=(name,), name=f"join {name}", daemon=True).start()
+        self._in_thread(name, None)
 
-    def _join(self, name: str) -> None:
-        """Place, start and prove one worker, off the loop's thread: it takes seconds and must not hold up a step."""
-        placement = None
+    def _in_thread(self, name: str, member: Member | None) -> None:
+        threading.Thread(target=self._join, args=(name, member), name=f"join {name}", daemon=True).start()
+
+    def _join(self, name: str, member: Member | None) -> None:
+        """Place and start one worker and have it prove the newest weights, or just the last for one that is there.
+
+        Off the loop's thread: it takes seconds and must not hold up a step.
+        """
+        placement = member.placement if member else None
         try:
-            placement = place(
-                name,
-                self._spec.config.resources,
-                timeout=self._wait_seconds,
-                cancelled=lambda: name in self._unwanted,
-            )
-            member = Member(name=name, actor=self._create(name, placement), placement=placement)
-            self._joining[name] = member.actor
-            weights = self._weights
-            assert weights is not None, "joining begins after the first weights"
-            self._prove(member, member.actor.set_weights.remote(weights), weights)
+            if member is None:
+                placement = self._place(name)
+                member = self._begin(name, placement)
+            while (weights := self._weights) and member.version != weights.version:
+                self._prove(member, member.actor.set_weights.remote(weights), weights)
             self._arrivals.put((name, member))
         except Exception as error:  # noqa: BLE001  the loop's thread decides what it means; here nobody would hear of it
+            if actor := self._joining.get(name):
+                calls.end([actor])
             if placement is not None:
                 release(placement)
             known = isinstance(error, RaylignError)
             self._arrivals.put((name, error if known else WorkerLost(f"{name} could not start: {error!r}")))
+
+    def _place(self, name: str) -> Any:
+        resources = self._spec.config.resources
+        return place(name, resources, timeout=self._wait_seconds, cancelled=lambda: name in self._unwanted)
+
+    def _begin(self, name: str, placement: Any) -> Member:
+        """Start a worker's actor and its engine. Raises what the engine raises, `WorkerLost` when the actor dies."""
+        actor = self._create(name, placement)
+        self._joining[name] = actor
+        calls.get(actor.build.remote(), actor=name, what="loading the model", timeout=self._wait_seconds)
+        return Member(name=name, actor=actor, placement=placement)
 
     def _create(self, name: str, placement: Any) -> Any:
         import ray
@@ -227,50 +244,50 @@ class RolloutPool:
                 name=name,
                 num_cpus=config.resources.cpus,
                 num_gpus=config.resources.gpus,
-                max_concurrency=max(1, config.slots // config.group_size) + 2,
+                max_concurrency=self._capacity() + 2,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
             )
             .remote(name, self._spec)
         )
 
-    def _prove(self, member: Member, ref: Any, weights: WeightVersion | None = None) -> None:
-        weights = weights or self._weights
-        assert weights is not None, "nothing to prove before the first weights"
+    def _prove(self, member: Member, ref: Any, weights: WeightVersion) -> None:
+        """Wait until a worker has a version. Raises `WorkerLost`, or what the worker raises on a wrong digest."""
         digest = calls.get(
             ref, actor=member.name, what=f"loading weight version {weights.version}", timeout=self._wait_seconds
         )
         if digest != weights.digest:
-            raise WorkerLost(f"{member.name} holds weights {digest[:12]}, not {weights.digest[:12]}")
+            raise RunFailed(f"{member.name} holds weights {digest[:12]}, not {weights.digest[:12]}")
         member.version = weights.version
 
     def _admit(self, timeout: float) -> None:
-        """Take in workers that have joined, bringing one that is a version behind up to date."""
+        """Take in a worker that has joined; one that is a version behind is sent to catch up, and not waited for."""
         try:
             name, arrival = self._arrivals.get(timeout=timeout) if timeout else self._arrivals.get_nowait()
         except queue.Empty:
             return
+        behind = isinstance(arrival, Member) and self._weights and arrival.version != self._weights.version
+        if isinstance(arrival, Member) and behind and name not in self._unwanted:
+            self._in_thread(name, arrival)
+            return
         del self._joining[name]
         if name in self._unwanted:
             self._turn_away(name, arrival)
-            return
-        if isinstance(arrival, RaylignError):
-            self._failed_starts += 1
-            self._note("worker_failed", worker=name, reason=str(arrival))
-            self._join_after = time.monotonic() + min(60.0, 2.0**self._failed_starts)
-            placed = any(actor is not None for actor in self._joining.values())
-            hopeless = self._failed_starts >= MAX_ATTEMPTS or (isinstance(arrival, DoesNotFit) and not placed)
-            if hopeless and not self._members:
-                raise arrival
-            return
-        self._members[name] = arrival
-        if self._weights is not None and arrival.version != self._weights.version:
-            try:
-                self._prove(arrival, arrival.actor.set_weights.remote(self._weights))
-            except WorkerLost as error:
-                self._lose(arrival, str(error), None)
-                return
-        self._failed_starts = 0
-        self._note("worker_joined", worker=name, version=arrival.version)
+        elif isinstance(arrival, RaylignError):
+            self._start_failed(name, arrival)
+        else:
+            self._members[name] = arrival
+            self._failed_starts = 0
+            self._note("worker_joined", worker=name, version=arrival.version)
+
+    def _start_failed(self, name: str, error: RaylignError) -> None:
+        """Count a start that failed. Raises its error where no worker works and trying again would not help."""
+        self._failed_starts += 1
+        self._note("worker_failed", worker=name, reason=str(error))
+        self._join_after = time.monotonic() + pause(self._failed_starts)
+        placed = any(actor is not None for actor in self._joining.values())
+        hopeless = self._failed_starts >= MAX_FAILURES or isinstance(error, InputError)
+        if (hopeless or (isinstance(error, DoesNotFit) and not placed)) and not self._members:
+            raise error
 
     def _turn_away(self, name: str, arrival: "Member | RaylignError") -> None:
         """One that was asked for no longer has arrived, or has given up."""
@@ -280,8 +297,9 @@ class RolloutPool:
             release(arrival.placement)
         self._note("worker_left", worker=name)
 
-    def _lose(self, member: Member, reason: str, ledger: Ledger | None) -> None:
-        again = ledger.lost(member.name) if ledger else []
+    def _lose(self, member: Member, reason: str, ledger: Ledger | None, failed: Sequence[int] = ()) -> None:
+        """Replace a worker; its groups and those that `failed` on it run again elsewhere."""
+        again = sorted([*failed, *(ledger.lost(member.name) if ledger else [])])
         self._remove(member)
         self.restarts += 1
         self._last_loss = reason

@@ -123,10 +123,17 @@ class RolloutWorker:
 
 
 class RolloutActor:
-    """The Ray shell of a `RolloutWorker`; made remote by the pool."""
+    """The Ray shell of a `RolloutWorker`; made remote by the pool, which calls `build` first.
+
+    Not the constructor: Ray reports what that raises as a dead actor, without its type.
+    """
 
     def __init__(self, name: str, spec: WorkerSpec) -> None:
-        self._worker = RolloutWorker(name, spec)
+        self._name, self._spec = name, spec
+
+    def build(self) -> None:
+        """Load the model. Raises what `RolloutWorker` raises."""
+        self._worker = RolloutWorker(self._name, self._spec)
 
     def set_weights(self, weights: WeightVersion) -> str:
         """Fetch a version from the object store, load it, report its digest."""

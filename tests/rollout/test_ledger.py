@@ -17,7 +17,7 @@ def test_a_step_from_pending_to_trained() -> None:
     for index in (1, 0):
         ledger.dispatch(index, "a")
     assert ledger.pending() == []
-    assert ledger.running() == {1: "a", 0: "a"}
+    assert ledger.counts()["running"] == 2
     assert ledger.generated(group(1))
     assert not ledger.complete(GroupState.GENERATED)
     assert ledger.generated(group(0))
@@ -37,9 +37,18 @@ def test_a_lost_worker_gives_back_only_what_it_had_not_finished() -> None:
     ledger.generated(group(0))
     assert ledger.lost("a") == [1]
     assert ledger.pending() == [1]
-    assert ledger.running() == {2: "b"}
-    ledger.dispatch(1, "b")
-    assert ledger.attempts == {0: 1, 1: 2, 2: 1}
+    assert ledger.counts()["running"] == 1
+    assert ledger.losses == {0: 0, 1: 1, 2: 0}
+
+
+def test_a_group_that_fails_is_counted_apart_from_its_neighbours_that_lost_their_worker() -> None:
+    ledger = Ledger(4, 2)
+    ledger.dispatch(0, "a")
+    ledger.dispatch(1, "a")
+    ledger.failed(0)
+    assert ledger.lost("a") == [1]
+    assert ledger.pending() == [0, 1]
+    assert (ledger.failures, ledger.losses) == ({0: 1, 1: 0}, {0: 0, 1: 1})
 
 
 def test_a_group_that_comes_twice_counts_once() -> None:

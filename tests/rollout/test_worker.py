@@ -1,0 +1,48 @@
+"""A rollout worker without Ray: which weights it takes, and which groups it generates."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from raylign.cluster.errors import RunFailed
+from raylign.cluster.weights import WeightVersion, adapter_digest
+from raylign.rollout.config import RolloutConfig, SamplingConfig
+from raylign.rollout.records import Group
+from raylign.rollout.worker import RolloutWorker, WorkerSpec
+
+from .models import make_adapter
+
+
+@pytest.fixture
+def worker(tiny_model: Path) -> Iterator[RolloutWorker]:
+    threads = torch.get_num_threads()
+    config = RolloutConfig(group_size=2, slots=8, sampling=SamplingConfig(max_tokens=5))
+    spec = WorkerSpec(base=tiny_model, dtype="float32", config=config, seed=3, max_length=64, stop_token_ids=(2,))
+    yield RolloutWorker("w", spec)
+    torch.set_num_threads(threads)
+
+
+def test_a_worker_generates_from_the_version_it_proved_and_refuses_any_other(
+    worker: RolloutWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    tensors, config = make_adapter(tiny_model, tmp_path, seed=1)
+    digest = adapter_digest(tensors, config, "base")
+    group = Group(step=0, index=0, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digest)
+    with pytest.raises(RunFailed, match=r"w has weights None, step 0 group 0 needs version 1"):
+        worker.generate(group)
+
+    assert worker.set_weights(WeightVersion(1, digest, None, config, "base"), tensors) == digest
+    made = worker.generate(group)
+    assert made.worker == "w"
+    assert [0 < len(s.tokens) <= 5 for s in made.samples] == [True, True]
+
+    with pytest.raises(RunFailed, match=r"for version 2, not 0000"):
+        worker.set_weights(WeightVersion(2, "0" * 64, None, config, "base"), tensors)
+    assert worker.generate(group).samples[0].tokens.tolist() == made.samples[0].tokens.tolist()
+
+    tensors = {name: array + 1 for name, array in tensors.items()}
+    worker.set_weights(WeightVersion(2, adapter_digest(tensors, config, "base"), None, config, "base"), tensors)
+    with pytest.raises(RunFailed, match=r"w has weights \(2, .*needs version 1"):
+        worker.generate(group)
