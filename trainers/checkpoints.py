@@ -24,41 +24,78 @@ class Checkpoint:
 def write_checkpoint(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> Checkpoint:
     """Write `root/step-000120` with what `fill` puts into the folder, `state.json` and a manifest of digests.
 
-    `step` counts finished steps. A checkpoint of that step that is there already is replaced; older ones than the
-    last two go.
+    `step` counts finished steps. A checkpoint of that step that is there already is replaced; of those up to this step
+    the last two stay. Torn ones are set aside as `torn-step-000130`, so that they do not count. One that cannot be
+    written leaves nothing.
     """
     final = root / f"step-{step:06d}"
     draft = root / f".{final.name}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    try:
+        _write(draft, step, state, fill)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)  # on a full disk its space is what the user needs
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(draft, final)
+    _fsync(root)
+    _prune(root, final)
+    return Checkpoint(final, step, state)
+
+
+def _write(draft: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
     fill(draft)
     (draft / "state.json").write_text(json.dumps(state | {"step": step}))
     (draft / "manifest.json").write_text(json.dumps(_digests(draft), indent=1))
     for path in [*draft.iterdir(), draft]:
         _fsync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(draft, final)
-    _fsync(root)
-    for old in sorted(root.glob("step-*"))[:-KEEP_LAST]:
+
+
+def _prune(root: Path, newest: Path) -> None:
+    """Keep the last checkpoints up to `newest`, and whole ones after it; set torn ones aside."""
+    kept = []
+    for path in sorted(root.glob("step-*")):
+        if path == newest or (_is_valid(path) if path.name > newest.name else _is_complete(path)):
+            kept += [path] if path.name <= newest.name else []
+        else:
+            aside = path.with_name(f"torn-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for old in kept[:-KEEP_LAST]:
         shutil.rmtree(old)
-    return Checkpoint(final, step, state)
 
 
 def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, if any, and the names of newer ones that were torn or changed."""
     broken = []
     for path in sorted(root.glob("step-*"), reverse=True):
-        manifest = path / "manifest.json"
-        try:
-            valid = manifest.exists() and json.loads(manifest.read_text()) == _digests(path)
-        except json.JSONDecodeError:
-            valid = False
-        if valid:
+        if _is_valid(path):
             state = json.loads((path / "state.json").read_text())
             return Checkpoint(path, state["step"], state), broken
         broken.append(path.name)
     return None, broken
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    """The digests that a checkpoint was written with; empty where it has none that can be read."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the files of the manifest are there; their digests would be as dear as writing them."""
+    manifest = _manifest(folder)
+    return bool(manifest) and set(manifest) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+
+
+def _is_valid(folder: Path) -> bool:
+    manifest = _manifest(folder)
+    return bool(manifest) and manifest == _digests(folder)
 
 
 def _digests(folder: Path) -> dict[str, str]:

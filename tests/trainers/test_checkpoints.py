@@ -53,3 +53,26 @@ def test_a_write_that_fails_leaves_what_was(tmp_path: Path) -> None:
 
 def test_without_any(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "nothing") == (None, [])
+
+
+def test_torn_newer_ones_do_not_push_out_the_one_just_written(tmp_path: Path) -> None:
+    for step in (110, 120):
+        write_checkpoint(tmp_path, step, {}, fill(str(step)))
+    write_checkpoint(tmp_path, 130, {}, fill("130"))
+    for step in (120, 130):
+        (tmp_path / f"step-{step:06d}" / "manifest.json").write_bytes(b"\xff\xfe\x00")
+    write_checkpoint(tmp_path, 115, {}, fill("115"))
+    found, broken = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.step, broken) == (115, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000115", "torn-step-000120", "torn-step-000130"]
+
+
+def test_a_write_that_fails_gives_its_space_back(tmp_path: Path) -> None:
+    def no_space(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_checkpoint(tmp_path, 10, {}, no_space)
+    assert list(tmp_path.iterdir()) == []
