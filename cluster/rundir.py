@@ -12,6 +12,9 @@ commands reach a run in this shell, in a Ray job, and on any machine that shares
 import fcntl
 import json
 import os
+import shlex
+import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -23,6 +26,15 @@ from typing import Any
 from .errors import InputError, NotFound
 
 FINAL = ("succeeded", "failed", "stopped")
+
+AT_WORK = ("preparing", "starting", "running")
+"""What a run says of itself while a process works on it."""
+
+RESERVED = ("registry",)
+"""Folders of a storage that are no run's."""
+
+_HOLD_SECONDS = 0.5
+"""How long `hold` tries: who asks whether a run is held has its lock for an instant."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -42,18 +54,44 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file; a torn last line (the writer was killed) is left out."""
+    """The records of a JSONL file; torn lines (their writer was killed) are left out."""
     if not path.exists():
         return
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
+            if line.endswith("\n") and (record := _record(line)) is not None:
+                yield record
 
 
-def running_already(name: str) -> InputError:
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run says. Raises `FileNotFoundError`, and `InputError` where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}): put a copy back, or remove it and resume the run, which writes it again"
+        ) from None
+
+
+def refuse_reserved(name: str) -> None:
+    """Raise `InputError` for a run's name that the storage needs for itself."""
+    if name in RESERVED:
+        raise InputError(
+            f"a run cannot be called {name!r}, which is the folder of the published models: --name another"
+        )
+
+
+def running_already(run: "RunDir") -> InputError:
     """What to raise where another process works on a run."""
-    return InputError(f"run {name!r} is running already: `raylign status {name}`")
+    return InputError(f"run {run.name!r} is running already: `raylign status {run.argument}`")
 
 
 class RunDir:
@@ -62,6 +100,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.name
+        self.created = False
+        """Whether this process made the directory, and so may take it away again."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -73,14 +113,25 @@ class RunDir:
             raise NotFound(f"no run {name!r} in {storage}: there {'are ' + ', '.join(known) if known else 'is none'}")
         return run
 
+    @property
+    def argument(self) -> str:
+        """The run as a command line names it: `NAME`, with its --storage where that is not ./runs."""
+        storage = self.path.parent.resolve()
+        return self.name if storage == Path("runs").resolve() else f"{self.name} --storage {shlex.quote(str(storage))}"
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Be the only process that works on the run. Raises `InputError` when another does."""
+        give_up = time.monotonic() + _HOLD_SECONDS
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise running_already(self.name) from None
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > give_up:
+                        raise running_already(self) from None
+                time.sleep(0.02)
             yield
 
     def held(self) -> bool:
@@ -94,12 +145,29 @@ class RunDir:
                 return True
         return False
 
+    def lost(self) -> bool:
+        """Whether the run says that it is at work and its process is gone; of other machines' processes, never."""
+        state = self.status()
+        here = state.get("host") == socket.gethostname()  # a lock tells nothing of another machine's processes
+        return state.get("status") in AT_WORK and here and not self.held()
+
+    def discard(self) -> bool:
+        """Remove a directory that this process made and no training has used; whether it did."""
+        if not self.created or (self.path / "progress.json").exists() or (self.path / "checkpoints").exists():
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
+
     def __truediv__(self, part: str) -> Path:
         return self.path / part
 
     def _append(self, file: str, record: dict[str, Any]) -> None:
-        with self._lock, (self.path / file).open("a") as out:
-            out.write(json.dumps(record) + "\n")
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock, (self.path / file).open("ab+") as out:
+            if out.seek(0, os.SEEK_END):
+                out.seek(-1, os.SEEK_END)
+                line = line if out.read(1) == b"\n" else b"\n" + line  # a writer was killed within its last line
+            out.write(line)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Note that something happened."""
@@ -124,12 +192,20 @@ class RunDir:
 
     def _read(self, file: str) -> dict[str, Any]:
         try:
-            return json.loads((self.path / file).read_text())
+            return read_json(self.path / file)
         except FileNotFoundError:  # not written yet, or the run was refused and its directory is gone
             return {}
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only one, of all threads and processes of this machine, that rewrites a file of the run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock, (self.path / ".writing").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def _merge(self, file: str, fields: dict[str, Any]) -> dict[str, Any]:
-        with self._lock:
+        with self._alone():
             merged = self._read(file) | fields
             write_atomically(self.path / file, json.dumps(merged, indent=1))
         return merged
@@ -143,8 +219,25 @@ class RunDir:
         return self._read("desired.json")
 
     def update_status(self, **fields: Any) -> None:
-        """Say where the run is: `status, stage, step, steps, workers, metrics, …`."""
-        self._merge("status.json", fields | {"updated": time.time()})
+        """Say where the run is: `status, stage, step, steps, workers, metrics, …`.
+
+        `updated` is the time of it, `since` when the run came into its present `status` (seconds since the epoch).
+        """
+        now = time.time()
+        with self._alone():
+            before = self._read("status.json")
+            merged = before | fields | {"updated": now}
+            if merged.get("status") != before.get("status"):
+                merged["since"] = now
+            write_atomically(self.path / "status.json", json.dumps(merged, indent=1))
+
+    def restore_status(self, status: dict[str, Any]) -> None:
+        """Put back a status that `status` gave earlier."""
+        with self._alone():
+            if status:
+                write_atomically(self.path / "status.json", json.dumps(status, indent=1))
+            else:
+                (self.path / "status.json").unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """Where the run was when it last said so; empty before it began."""

@@ -1,5 +1,8 @@
 """The run directory: what is written whole, what survives a torn write, and one owner at a time."""
 
+import fcntl
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -64,3 +67,62 @@ def test_one_process_holds_a_run(run: RunDir) -> None:
         with pytest.raises(InputError, match="running already"), RunDir(run.path).hold():
             pass
     assert not run.held()
+
+
+def test_a_line_that_was_torn_before_the_run_went_on_is_left_out(run: RunDir) -> None:
+    run.metrics("grpo", 1, {"loss": 1.0})
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"stage": "grpo", "st\xff')
+    run.metrics("grpo", 2, {"loss": 2.0})
+    run.metrics("grpo", 3, {"loss": 3.0})
+    assert [m["step"] for m in run.all_metrics()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("file", ["status.json", "desired.json", "summary.json"])
+def test_a_damaged_file_is_named_with_the_mend(run: RunDir, file: str) -> None:
+    (run / file).write_text('{"status": "runn')
+    read = {"status.json": run.status, "desired.json": run.desired, "summary.json": run.summary}[file]
+    with pytest.raises(InputError, match=rf"{file} is damaged .* remove it and resume the run"):
+        read()
+
+
+def test_two_processes_that_ask_at_once_lose_nothing(run: RunDir) -> None:
+    """Each asks with keys of its own, a hundred times; a read-modify-write without a lock loses some."""
+    code = (
+        "import sys; from pathlib import Path; from raylign.cluster.rundir import RunDir\n"
+        "run = RunDir(Path(sys.argv[1]))\n"
+        "for n in range(100): run.desire(**{f'{sys.argv[2]}{n}': n})"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    for process in [subprocess.Popen([*command, name]) for name in ("a", "b")]:
+        assert process.wait(timeout=60) == 0
+    assert len(run.desired()) == 200
+
+
+def test_since_is_when_the_state_began(run: RunDir) -> None:
+    run.update_status(status="running", step=1)
+    since = run.status()["since"]
+    run.update_status(status="running", step=2)
+    assert run.status()["since"] == since < run.status()["updated"]
+    run.update_status(status="stopped")
+    assert run.status()["since"] > since
+
+
+def test_a_run_is_held_although_somebody_asks_whether_it_is(run: RunDir) -> None:
+    with (run / ".lock").open("w") as asked:
+        fcntl.flock(asked, fcntl.LOCK_SH)
+        free = threading.Timer(0.1, lambda: fcntl.flock(asked, fcntl.LOCK_UN))
+        free.start()
+        with run.hold():
+            pass
+        free.join()
+
+
+def test_only_a_directory_of_this_process_without_training_is_discarded(run: RunDir) -> None:
+    assert not run.discard()
+    run.created = True
+    (run / "checkpoints").mkdir()
+    assert not run.discard()
+    (run / "checkpoints").rmdir()
+    assert run.discard()
+    assert not run.path.exists()
