@@ -7,8 +7,6 @@ stop (checkpoint, drain, end); a second one ends it at once.
 import contextlib
 import logging
 import os
-import shutil
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from typing import Any
 
 from ..cluster.errors import InputError, RaylignError, RunFailed
 from ..cluster.placement import Offer, amount, offers
-from ..cluster.rundir import RunDir, running_already, write_atomically
+from ..cluster.rundir import RunDir, refuse_reserved, running_already, write_atomically
 from ..cluster.session import connect, probe
 from .changes import refuse_changes
 from .config import RunConfig, stage_name
@@ -25,6 +23,7 @@ from .inputs import Inputs, read_inputs
 from .pipeline import check_placement, conclude, demands, run_recipe
 from .prepare import prepare
 from .recipe import dump_recipe, load_recipe
+from .stopping import StopRequested, StopSignals, stop_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +35,18 @@ def open_run(config: RunConfig, storage: Path, *, named: bool, resume: bool) -> 
 
     A name that is taken is an `InputError`, unless it is only the recipe's own: then the run takes the next free one
     (`quickstart-2`), so that nothing is overwritten. With `resume` a run of that name goes on; a recipe that asks for
-    another result than it began with is an `InputError`.
+    another result than it began with is an `InputError`, and so is a folder of that name that is no run's.
     """
+    refuse_reserved(config.name)
     storage = storage.resolve()
     run = RunDir(storage / config.name)
     if resume and (run / "recipe.yaml").exists():
         _refuse_another(config, run)
-    elif not _claim(run) and not resume:
-        if named:
-            status = run.status().get("status", "not begun")
-            raise InputError(
-                f"run {run.name!r} exists in {storage} ({status}): `raylign resume {run.name}` goes on with it, "
-                "or take another --name"
-            )
-        run = next(r for n in range(2, 10_000) if _claim(r := RunDir(storage / f"{config.name}-{n}")))
+    elif not _claim(run):
+        if resume or named:
+            _refuse_taken(run, resume=resume)
+        else:
+            run = next(r for n in range(2, 10_000) if _claim(r := RunDir(storage / f"{config.name}-{n}")))
     write_atomically(run / "recipe.yaml", dump_recipe(config.model_copy(update={"name": run.name})))
     return run
 
@@ -58,6 +55,7 @@ def _claim(run: RunDir) -> bool:
     """Make the directory of a run; false where it is there already, so that two commands never get the same."""
     try:
         run.path.mkdir(parents=True)
+        run.created = True
     except FileExistsError:
         return False
     except OSError as error:
@@ -65,10 +63,24 @@ def _claim(run: RunDir) -> bool:
     return True
 
 
+def _refuse_taken(run: RunDir, *, resume: bool) -> None:
+    """Raise `InputError` for a folder that is there already; an empty one may be taken with `resume`."""
+    if (run / "recipe.yaml").exists():
+        status = run.status().get("status", "not begun")
+        raise InputError(
+            f"run {run.name!r} exists in {run.path.parent} ({status}): `raylign resume {run.argument}` goes on "
+            "with it, or take another --name"
+        )
+    if not resume or any(run.path.iterdir()):
+        raise InputError(
+            f"{run.path} is there and is no run's: it has no recipe.yaml; take another --name or --storage"
+        )
+
+
 def _refuse_another(config: RunConfig, run: RunDir) -> None:
     """Raise `InputError` where a run is at work now, or began with a recipe that gives another result."""
     if run.held():
-        raise running_already(run.name)
+        raise running_already(run)
     if run.status():
         refuse_changes(load_recipe(run / "recipe.yaml"), config)
 
@@ -76,57 +88,83 @@ def _refuse_another(config: RunConfig, run: RunDir) -> None:
 def launch(config: RunConfig, run: RunDir, say: Say) -> dict[str, Any]:
     """Do what is left of a run and return its summary. Raises `RaylignError`; the summary then says `failed`.
 
-    A run that cannot begin (its inputs are wrong, it does not fit, no cluster answers) leaves no directory behind, and
-    one that cannot go on keeps the status it had.
+    A run that cannot begin (its inputs are wrong, it does not fit, no cluster answers) leaves no directory behind that
+    was not there, and one that cannot go on keeps the status it had. One that is stopped before it is on Ray ends like
+    any that is stopped.
     """
     config = config.model_copy(update={"name": run.name})
-    with run.hold(), _stop_on_signals(run, say), _log_to(run):
+    with run.hold(), StopSignals(run, say).taken() as signals, _log_to(run):
         before = run.status()
-        run.desire(stop=False, rollout=None)
         try:
-            inputs = _prove(config, run, say)
+            run.desire(stop=False, rollout=None)
+            here = {"pid": os.getpid(), "host": socket.gethostname()}
+            run.update_status(run=run.name, status="preparing", reason="", **here)
+            inputs = _prove(config, run, signals, say)
+        except StopRequested:
+            return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")
         except BaseException:
             _withdraw(run, before)
             raise
         run.event("run_began", resumed=bool(before), seed=config.seed)
-        run.update_status(run=run.name, status="starting", reason="", pid=os.getpid(), host=socket.gethostname())
-        return _conclude_failures(config, run, before, lambda: _run_on_ray(config, run, inputs, say))
+        run.update_status(status="starting")
+        return _conclude_failures(config, run, before, lambda: _run_on_ray(config, run, inputs, signals, say))
 
 
-def _prove(config: RunConfig, run: RunDir, say: Say) -> Inputs:
-    """Everything that can be known before Ray is there, the quickest first."""
-    if config.cluster.address:
-        probe(config.cluster.address)
-    elif not os.environ.get("RAY_ADDRESS"):
+def _prove(config: RunConfig, run: RunDir, signals: StopSignals, say: Say) -> Inputs:
+    """Everything that can be known before Ray is there, the quickest first. Raises `StopRequested` between steps."""
+
+    def step(text: str) -> None:
+        signals.check()
+        say(text)
+
+    if address := cluster_address(config):
+        probe(address)
+    else:
         check_placement(config, [this_machine(config)])
     if config.prepare:
-        say("preparing data")
-    prepare(config, run.path)
-    say("proving data")
-    inputs = read_inputs(config, run.path)
+        step("preparing data")
+    prepare(config, run.path, signals.check)
+    step("proving data")
+    # In a thread, since fetching a model from the hub takes long; between its own steps it looks at the flag too.
+    inputs = _in_thread(lambda: read_inputs(config, run.path, lambda _: stop_if_asked(run)), signals.check)
     for given in inputs.stages:
         given.proof.require()
     return inputs
 
 
+def cluster_address(config: RunConfig) -> str | None:
+    """The cluster that a run will join: the recipe's, or the environment's; none where it starts a Ray of its own.
+
+    Raises `InputError` for a jobs URL in `RAY_ADDRESS`, which Ray's own commands take and a run cannot join.
+    """
+    here = os.environ.get("RAY_ADDRESS")
+    if not config.cluster.address and here and here.startswith(("http://", "https://")):
+        raise InputError(
+            f"the environment has RAY_ADDRESS={here}, which is a jobs URL: unset RAY_ADDRESS, or use "
+            f"`raylign submit --address {here}`"
+        )
+    return config.cluster.address or here
+
+
 def _withdraw(run: RunDir, before: dict[str, Any]) -> None:
-    """Leave things as they were before a run that was refused."""
-    if before:
-        run.update_status(**before)
-    else:
-        shutil.rmtree(run.path, ignore_errors=True)
+    """After a refusal: put back the status a run had, or remove the directory that this process made for it."""
+    if before or not run.discard():
+        run.restore_status(before)
 
 
-def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict[str, Any]:
+def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSignals, say: Say) -> dict[str, Any]:
     say("connecting to Ray")
     with connect(config.cluster) as session:
         check_placement(config, offers())
         run.update_status(status="running", address=session.address, dashboard=session.dashboard_url)
-        return _in_thread(lambda: run_recipe(config, run, inputs, say))
+        return _in_thread(lambda: run_recipe(config, run, inputs, say), signals.follow)
 
 
-def _in_thread(work: Callable[[], Any]) -> Any:
-    """Run off the main thread, which stays free to take signals; raises what `work` raises."""
+def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
+    """Run off the main thread, which stays free to take signals and calls `tick`; raises what either raises.
+
+    Where `tick` raises, the work is left alone after a moment in which it may end by itself.
+    """
     box: dict[str, Any] = {}
 
     def run() -> None:
@@ -137,8 +175,13 @@ def _in_thread(work: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=run, name="pipeline", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
+    try:
+        while thread.is_alive():
+            thread.join(timeout=0.2)
+            tick()
+    except StopRequested:
+        thread.join(timeout=5.0)
+        raise
     if "error" in box:
         raise box["error"]
     return box["result"]
@@ -155,25 +198,41 @@ def _conclude_failures(
             _withdraw(run, before)
         else:
             logger.exception("the run failed")
-            conclude(config, run, "failed", f"{type(error).__name__}: {error}")
+            _conclude_quietly(config, run, "failed", f"{type(error).__name__}: {error}")
         raise
     except KeyboardInterrupt:
-        conclude(config, run, "stopped", "ended at once by a second interrupt; the last checkpoint holds")
+        _conclude_quietly(config, run, "stopped", "ended at once by a second interrupt; the last checkpoint holds")
         raise
     except Exception as error:
         logger.exception("the run failed")
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        conclude(config, run, "failed", reason)
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; {_way_on(run)}"
+        _conclude_quietly(config, run, "failed", reason)
         raise RunFailed(f"{reason} (the traceback is in {run / 'run.log'})") from error
 
 
-def placement(config: RunConfig) -> dict[str, Any]:
-    """Whether every stage fits, on the recipe's cluster or else on this machine; what was asked and what there is.
+def _conclude_quietly(config: RunConfig, run: RunDir, status: str, reason: str) -> None:
+    """Write down how a run ended, if the disk still lets us: what ended it is what the user must see."""
+    try:
+        conclude(config, run, status, reason)
+    except (OSError, RaylignError):
+        logger.exception("the end of the run could not be written down")
 
-    Raises `DoesNotFit`, and `ClusterUnreachable` where the recipe names a cluster that does not answer.
+
+def _way_on(run: RunDir) -> str:
+    """Where a resumed run would go on from."""
+    kept = sorted((run / "checkpoints").glob("*/step-*"), key=lambda path: path.stat().st_mtime)
+    if not kept:
+        return f"no checkpoint had been written: `raylign resume {run.argument}` begins again"
+    return f"the last checkpoint is {kept[-1].relative_to(run.path)}: `raylign resume {run.argument}` goes on from it"
+
+
+def placement(config: RunConfig) -> dict[str, Any]:
+    """Whether every stage fits, on the cluster that a run would join or else on this machine; what was asked and is.
+
+    Raises `DoesNotFit`, and `ClusterUnreachable` where that cluster does not answer.
     """
     nodes = [this_machine(config)]
-    if config.cluster.address:
+    if cluster_address(config):
         with connect(config.cluster):
             nodes = offers()
     check_placement(config, nodes)
@@ -192,29 +251,17 @@ def this_machine(config: RunConfig) -> Offer:
     return Offer("this machine", config.cluster.cpus or os.cpu_count() or 1, torch.cuda.device_count())
 
 
-@contextlib.contextmanager
-def _stop_on_signals(run: RunDir, say: Say) -> Iterator[None]:
-    seen: list[int] = []
+class _QuietFile(logging.FileHandler):
+    """A full disk must not print the logging module's own traceback for every line that finds no room."""
 
-    def handle(number: int, _: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        say("stopping: checkpoint, drain, end (again to end at once)")
-        run.desire(stop=True)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the record."""
 
 
 @contextlib.contextmanager
 def _log_to(run: RunDir) -> Iterator[None]:
     """Python's logging of this process, into `run.log` instead of the terminal."""
-    handler = logging.FileHandler(run / "run.log")
+    handler = _QuietFile(run / "run.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

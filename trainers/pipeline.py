@@ -4,14 +4,17 @@ What is finished is noted in `progress.json`, so a resumed run begins with the f
 """
 
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..cluster.errors import InputError
 from ..cluster.placement import Demand, Offer, plan
-from ..cluster.rundir import RunDir, write_atomically
+from ..cluster.rundir import RunDir, read_json, write_atomically
 from .config import RunConfig, stage_name
 from .inputs import Inputs
 from .memory import PeakMemory
@@ -23,6 +26,8 @@ from .report import write_report
 from .stages import GrpoStage, StageConfig
 from .stopping import StopRequested, stop_if_asked
 from .tracking import Tracker, open_tracker
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -65,35 +70,46 @@ def demands(stage: StageConfig) -> list[Demand]:
 def run_recipe(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict[str, Any]:
     """Do what is left of a run on the connected Ray, and write its summary and report. Returns the summary.
 
-    A run that was asked to stop ends with status `stopped`; errors are the caller's to write down with `fail`.
+    A run that was asked to stop ends with status `stopped`; errors are the caller's to write down with `conclude`.
     """
-    began = time.time()
-    memory = PeakMemory()
-    tracker = open_tracker(config.tracking, run.path, config.name, config.model_dump(mode="json"))
-    served, evaluation, stopped = None, {}, False
+    served, evaluation = None, {}
     try:
-        _run_stages(config, run, inputs, tracker, say)
-        if config.serve:
-            say("publishing")
-            names = publish(config, run, finished(run))
-            served, evaluation = serve_and_evaluate(config, run, inputs, names, say)
+        with _measured(run), _tracked(config, run) as tracker:
+            _run_stages(config, run, inputs, tracker, say)
+            if config.serve:
+                say("publishing")
+                names = publish(config, run, finished(run))
+                served, evaluation = serve_and_evaluate(config, run, inputs, names, say)
     except StopRequested:
-        stopped = True
+        return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")
+    return conclude(config, run, "succeeded", "", served=served, evaluation=evaluation)
+
+
+@contextmanager
+def _tracked(config: RunConfig, run: RunDir) -> Iterator[Tracker]:
+    tracker = open_tracker(config.tracking, run.path, config.name, config.model_dump(mode="json"))
+    try:
+        yield tracker
     finally:
         tracker.finish()
+
+
+@contextmanager
+def _measured(run: RunDir) -> Iterator[None]:
+    """Add the block's seconds to the run's status, and note its peak of memory there, however the block ends."""
+    began, memory = time.time(), PeakMemory()
+    try:
+        yield
+    finally:
         memory.stop()
-    status = "stopped" if stopped else "succeeded"
-    reason = f"asked to stop: `raylign resume {run.name}` goes on" if stopped else ""
-    return conclude(
-        config,
-        run,
-        status,
-        reason,
-        seconds=time.time() - began,
-        peak_memory_gb=memory.gigabytes,
-        served=served,
-        evaluation=evaluation,
-    )
+        before = run.status()
+        try:
+            run.update_status(
+                wall_seconds=before.get("wall_seconds", 0.0) + time.time() - began,
+                peak_memory_gb=max(before.get("peak_memory_gb", 0.0), memory.gigabytes),
+            )
+        except OSError:
+            logger.exception("the run's time and memory could not be noted")  # what ended the block matters more
 
 
 def conclude(
@@ -102,14 +118,11 @@ def conclude(
     status: str,
     reason: str,
     *,
-    seconds: float = 0.0,
-    peak_memory_gb: float = 0.0,
     served: dict[str, str] | None = None,
     evaluation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `summary.json`, the last status and the report."""
-    done = finished(run)
-    earlier = run.status().get("wall_seconds", 0.0)
+    """Write `summary.json`, the last status and the report; a report that fails is an event, and changes nothing."""
+    done, state = finished(run), run.status()
     last = next((d for d in reversed(done) if d.adapter), None)
     summary = {
         "run": run.name,
@@ -120,25 +133,50 @@ def conclude(
         "evaluation": evaluation or {},
         "weights": {"version": last.version, "digest": Path(last.adapter or "").name} if last else None,
         "served": served,
-        "wall_seconds": earlier + seconds,
-        "peak_memory_gb": max(peak_memory_gb, run.summary().get("peak_memory_gb", 0.0)),
-        "restarts": sum(d.restarts for d in done),
-        "workers": {
-            "min": min((d.workers[0] for d in done), default=0),
-            "max": max((d.workers[1] for d in done), default=0),
-        },
+        "wall_seconds": state.get("wall_seconds", 0.0),
+        "peak_memory_gb": state.get("peak_memory_gb", 0.0),
+        **_workers_seen(config, done, state.get("unfinished", {})),
     }
     run.write_summary(summary)
-    run.update_status(status=status, reason=reason, workers={}, wall_seconds=earlier + seconds)
+    run.update_status(status=status, reason=reason, workers={})
     run.event("run_ended", status=status, reason=reason)
-    write_report(run)
+    _report(run)
     return summary
 
 
+def _workers_seen(config: RunConfig, done: Sequence[Finished], unfinished: dict[str, Any]) -> dict[str, Any]:
+    """`restarts`, and `workers`: of rollout where the recipe has an online stage, else of training."""
+    online = {stage_name(s) for s in config.stages if isinstance(s, GrpoStage)}
+    seen = [(d.name, d.restarts, d.workers) for d in done]
+    seen += [(name, part["restarts"], tuple(part["workers"])) for name, part in unfinished.items()]
+    bounds = [workers for name, _, workers in seen if name in online or not online]
+    return {
+        "restarts": sum(restarts for _, restarts, _ in seen),
+        "workers": {
+            "min": min((low for low, _ in bounds), default=0),
+            "max": max((high for _, high in bounds), default=0),
+        },
+    }
+
+
+def _report(run: RunDir) -> None:
+    try:
+        write_report(run)
+    except Exception as error:  # whatever a drawing library raises, the run is over and its result stands
+        logger.exception("the report could not be written")
+        with suppress(OSError):  # a full disk is in the log already
+            run.event("report_failed", reason=f"{type(error).__name__}: {error}")
+
+
 def finished(run: RunDir) -> list[Finished]:
-    """The stages that are done."""
+    """The stages that are done. Raises `InputError` where `progress.json` is damaged."""
     path = run / "progress.json"
-    return [Finished(**record) for record in json.loads(path.read_text())] if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        return [Finished(**record) for record in read_json(path)]
+    except TypeError as error:
+        raise InputError(f"{path} is no list of finished stages ({error}): put a copy back, or remove it") from None
 
 
 def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker, say: Say) -> None:
@@ -155,11 +193,14 @@ def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker
         run.update_status(status="running", stage=name, step=0, steps=stage.steps)
         start = starting_model(stage, index, model or ModelState(inputs.model), run)
         outcome = _run_stage(config, stage, index, start, inputs, run, tracker)
+        outcome = _with_earlier(outcome, name, run)
         if outcome.stopped:
+            run.update_status(unfinished={name: {"restarts": outcome.restarts, "workers": outcome.workers}})
             raise StopRequested
         model = outcome.model
         done.append(_note(name, stage.type, outcome))
         write_atomically(run / "progress.json", json.dumps([asdict(d) for d in done], indent=1))
+        run.update_status(unfinished={})
         run.event("stage_ended", stage=name, seconds=outcome.seconds)
 
 
@@ -187,6 +228,16 @@ def _run_stage(
         run_dir=run,
         init_random=index == 0 and config.model.init == "random",
     )
+
+
+def _with_earlier(outcome: StageOutcome, name: str, run: RunDir) -> StageOutcome:
+    """The outcome with the restarts and workers of the stage's earlier attempts, which ended in a stop."""
+    earlier = run.status().get("unfinished", {}).get(name)
+    if earlier is None:
+        return outcome
+    low, high = earlier["workers"]
+    workers = (min(low, outcome.workers[0]), max(high, outcome.workers[1]))
+    return replace(outcome, restarts=outcome.restarts + earlier["restarts"], workers=workers)
 
 
 def _note(name: str, kind: str, outcome: StageOutcome) -> Finished:

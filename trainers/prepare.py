@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,14 @@ from ..cluster.errors import InputError
 from ..rollout.rewards import one_line
 from .config import RunConfig
 
+_LOOK_EVERY_SECONDS = 0.2
 
-def prepare(config: RunConfig, run: Path) -> None:
+
+def prepare(config: RunConfig, run: Path, tick: Callable[[], None] = lambda: None) -> None:
     """Fill `<run>/prepared`, unless an earlier attempt of this run has; all or nothing.
 
-    Raises `InputError` with the last line of what the function printed when it failed.
+    `tick` is called while the function works; what it raises ends the function. Raises `InputError` with the last line
+    of what the function printed when it failed.
     """
     final = run / "prepared"
     if config.prepare is None or final.exists():
@@ -27,11 +33,32 @@ def prepare(config: RunConfig, run: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     arguments = [config.prepare.path, str(draft), str(config.seed), json.dumps(config.prepare.options)]
-    done = subprocess.run([sys.executable, "-m", __name__, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    code, said = _watch([sys.executable, "-m", __name__, *arguments], tick)
+    if code:
+        last = (said.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"prepare {config.prepare.path} failed: {last}")
     draft.rename(final)
+
+
+def _watch(command: list[str], tick: Callable[[], None]) -> tuple[int, str]:
+    """Run a command to its end; its exit code and what it said on stderr. It ends with whatever `tick` raises.
+
+    It has a session of its own: a terminal's Ctrl-C is for the run, which decides what becomes of it.
+    """
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        while True:
+            tick()
+            try:
+                _, said = child.communicate(timeout=_LOOK_EVERY_SECONDS)
+            except subprocess.TimeoutExpired:
+                continue
+            return child.returncode, said
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
 
 
 def main(path: str, out: str, seed: str, options: str) -> None:

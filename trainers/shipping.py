@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..cluster.rundir import RunDir, write_atomically
+from ..cluster.rundir import RESERVED, RunDir, write_atomically
 from .config import RunConfig
 from .recipe import dump_recipe, load_recipe
 
@@ -54,11 +54,27 @@ def keep(recipe: Path, overrides: Sequence[str], run: RunDir) -> RunConfig:
     other nodes and for a later resume.
     """
     draft, source = run / ".source", run / "source"
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(recipe.resolve().parent, draft)
-    shutil.rmtree(source, ignore_errors=True)
-    draft.rename(source)
-    config = load_recipe(source / recipe.name, overrides).model_copy(update={"name": run.name})
-    write_atomically(run / "recipe.yaml", dump_recipe(config))
+    try:
+        with run.hold():
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.copytree(recipe.resolve().parent, draft, ignore=_without_runs(run.path.parent.resolve()))
+            shutil.rmtree(source, ignore_errors=True)
+            draft.rename(source)
+            config = load_recipe(source / recipe.name, overrides).model_copy(update={"name": run.name})
+            write_atomically(run / "recipe.yaml", dump_recipe(config))
+    except BaseException:
+        run.discard()
+        raise
     os.chdir(run.path)
     return config
+
+
+def _without_runs(storage: Path) -> Callable[[str, list[str]], set[str]]:
+    """What `copytree` leaves out: the storage, or what runs put into it where it is the recipe's own folder."""
+
+    def leave_out(folder: str, names: list[str]) -> set[str]:
+        at = Path(folder).resolve()
+        runs = {p.parent.name for p in storage.glob("*/recipe.yaml")} | {*RESERVED, ".submitted"}
+        return {name for name in names if at / name == storage or (at == storage and name in runs)}
+
+    return leave_out

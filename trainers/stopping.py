@@ -1,5 +1,9 @@
 """How a run is asked to end early: a flag in its directory, set by Ctrl-C, `raylign stop` or a job's SIGTERM."""
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from ..cluster.rundir import RunDir
 
 
@@ -11,3 +15,43 @@ def stop_if_asked(run: RunDir) -> None:
     """Raise `StopRequested` when the flag is set."""
     if run.desired().get("stop"):
         raise StopRequested
+
+
+class StopSignals:
+    """SIGINT and SIGTERM of a process that works on a run: the first asks the run to stop, a second one ends it.
+
+    A handler interrupts the main thread anywhere, also where it has a lock, so it only counts; `follow`, called between
+    the steps of the main thread's work, sets the flag and says so.
+    """
+
+    def __init__(self, run: RunDir, say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
+        self._seen = 0
+        self._followed = False
+
+    @contextmanager
+    def taken(self) -> Iterator["StopSignals"]:
+        """Take the signals for as long as the block lasts; main thread only."""
+        before = {number: signal.signal(number, self._count) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _count(self, _number: int, _frame: object) -> None:
+        self._seen += 1
+        if self._seen > 1:
+            raise KeyboardInterrupt
+
+    def follow(self) -> None:
+        """Ask the run to stop if a signal has come."""
+        if self._seen and not self._followed:
+            self._followed = True
+            self._run.desire(stop=True)
+            self._say("stopping: checkpoint, drain, end (again to end at once)")
+
+    def check(self) -> None:
+        """Raise `StopRequested` if a signal or another command has asked the run to stop."""
+        self.follow()
+        stop_if_asked(self._run)
