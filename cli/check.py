@@ -28,10 +28,12 @@ def check(
 
     Example: raylign check recipes/quickstart.yaml
     """
+    from ..cluster.rundir import refuse_reserved
     from ..trainers.recipe import load_recipe
 
     overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
     config = load_recipe(recipe, overrides)
+    refuse_reserved(config.name)
     with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
         facts, masks, proofs = _prove(config, Path(folder), examples)
     if json:

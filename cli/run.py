@@ -21,7 +21,7 @@ def run(
     address: Annotated[str | None, typer.Option(help="A Ray cluster, host:port; a local Ray by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on if a run of that name is there.")] = False,
     keep_source: Annotated[
-        bool, typer.Option("--keep-source", help="Copy the recipe's folder into the run and use the copy.")
+        bool, typer.Option("--keep-source", hidden=True, help="Copy the recipe's folder into the run and use the copy.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -47,7 +47,16 @@ def run(
 
 
 def go(config: Any, directory: Any, *, json: bool) -> None:
-    """Launch or go on with a run, show its progress, print how it ended. Exits with 1 when it was stopped."""
+    """Launch or go on with a run, show its progress, print how it ended. Exits with 1 when it was stopped.
+
+    One that has succeeded is left as it is.
+    """
+    if directory.summary().get("status") == directory.status().get("status") == "succeeded":
+        notes.print(f"{directory.name} has succeeded already; it is not started again", highlight=False)
+        summary = directory.summary()
+        print_json(summary) if json else _print_summary(summary, directory)
+        return
+
     from ..trainers.launch import launch
 
     notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
@@ -72,4 +81,4 @@ def _print_summary(summary: dict[str, Any], directory: Any) -> None:
     )
     answer.print(f"report: {directory / 'report.html'}", highlight=False)
     if summary["served"]:
-        answer.print(f"serve it: raylign serve {summary['run']}", highlight=False)
+        answer.print(f"serve it: raylign serve {directory.argument}", highlight=False)

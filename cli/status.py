@@ -1,6 +1,5 @@
 """`raylign status`: where runs are."""
 
-import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,23 +22,36 @@ def status(
 
     root = (storage or Path("runs")).resolve()
     if run is None:
-        found = [_facts(RunDir(p.parent)) for p in sorted(root.glob("*/recipe.yaml"))]
+        found = [_facts_or_damage(RunDir(p.parent)) for p in sorted(root.glob("*/recipe.yaml"))]
         print_json(found) if json else _print_all(found)
         return
     facts = _job(root, run) or _facts(RunDir.find(root, run))
     print_json(facts) if json else _print_one(facts)
 
 
+_NOWHERE = {"stage": None, "step": None, "steps": None, "workers": {}, "wanted": {}, "groups": {}, "metrics": {}}
+
+
 def _facts(directory: Any) -> dict[str, Any]:
     state = directory.status()
     facts = {key: state.get(key) for key in ("status", "reason", "stage", "step", "steps")}
-    facts |= {"workers": state.get("workers", {}), "wanted": state.get("wanted", {}), "groups": state.get("groups", {})}
-    facts |= {"metrics": state.get("metrics", {}), "since": state.get("updated"), "address": state.get("address")}
-    here = state.get("host") == socket.gethostname()  # a lock tells nothing of another machine's processes
-    if facts["status"] in ("running", "starting") and here and not directory.held():
+    facts |= {key: state.get(key, {}) for key in ("workers", "wanted", "groups", "metrics")}
+    facts |= {key: state.get(key) for key in ("since", "address", "dashboard")}
+    if directory.lost():
         facts["status"] = "lost"
-        facts["reason"] = f"its process is gone: `raylign resume {directory.name}` goes on from the last checkpoint"
+        facts["reason"] = f"its process is gone: `raylign resume {directory.argument}` goes on from the last checkpoint"
     return {"run": directory.name, **facts}
+
+
+def _facts_or_damage(directory: Any) -> dict[str, Any]:
+    """The facts of one of many runs: one that cannot be read must not hide the others."""
+    from ..cluster.errors import InputError
+
+    try:
+        return _facts(directory)
+    except InputError as error:
+        nothing = {"since": None, "address": None, "dashboard": None}
+        return {"run": directory.name, "status": "damaged", "reason": str(error), **_NOWHERE, **nothing}
 
 
 def _job(root: Path, run: str) -> dict[str, Any] | None:
@@ -52,14 +64,14 @@ def _job(root: Path, run: str) -> dict[str, Any] | None:
     from ..cluster.jobs import Jobs
 
     job = Jobs(submission.address).status(submission.submission_id)
-    empty = {"stage": None, "step": None, "steps": None, "workers": {}, "wanted": {}, "groups": {}, "metrics": {}}
     return {
         "run": run,
         "status": job.status,
         "reason": (job.message.strip().splitlines() or [""])[-1],
-        **empty,
+        **_NOWHERE,
         "since": None,
         "address": submission.address,
+        "dashboard": submission.address,
     }
 
 
@@ -69,10 +81,14 @@ def _print_all(found: list[dict[str, Any]]) -> None:
 
 
 def _print_one(facts: dict[str, Any]) -> None:
+    from ..cluster.rundir import FINAL
+
     rows = [["status", facts["status"]], ["at", _place(facts)], ["workers", _workers(facts["workers"])]]
     wanted = facts["wanted"].get("rollout")
     if wanted is not None and facts["workers"] and wanted != facts["workers"].get("rollout"):
         rows.append(["asked for", f"rollout {wanted}"])
+    if facts["dashboard"] and facts["status"] not in (*FINAL, "lost"):
+        rows.append(["dashboard", facts["dashboard"]])
     rows += [["reason", facts["reason"]]] if facts["reason"] else []
     rows += [[name, f"{value:.4g}"] for name, value in facts["metrics"].items()]
     print_table(facts["run"], ["", ""], rows)

@@ -31,11 +31,13 @@ def submit(
     Example: raylign submit recipes/quickstart.yaml --address http://127.0.0.1:8265
     """
     from ..cluster.errors import InputError
+    from ..cluster.rundir import refuse_reserved
     from ..cluster.submission import job_storage
     from ..trainers.recipe import load_recipe
 
     overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
     config = load_recipe(recipe, overrides)
+    refuse_reserved(config.name)
     place = job_storage(storage, address)
     if wheel and not wheel.is_file():
         raise InputError(f"no wheel at {wheel}: build one with `python -m build --wheel`")
