@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..cluster.errors import RunFailed
 from .records import Completion, FinishReason, GenerationRequest
 
 
@@ -19,15 +20,27 @@ class TokenEvent:
     finish_reason: FinishReason | None
 
 
+class RequestsFailed(RunFailed):
+    """Some requests of a step cannot go on and are forgotten; the engine's others can, with the next step."""
+
+    def __init__(self, message: str, request_ids: frozenset[str]) -> None:
+        super().__init__(message, request_ids)
+        self.message, self.request_ids = message, request_ids
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class Engine(Protocol):
     """Continuous batching over one base model and any number of adapters; one thread calls it.
 
-    Errors: `InputError` for a request that cannot be served (longer than the cache, unknown adapter, empty prompt).
+    Errors: `InputError` for a request that cannot be served (longer than the cache, unknown adapter, empty prompt);
+    `RequestsFailed` from a step that only some requests did not survive.
     """
 
     @property
     def busy(self) -> bool:
-        """Whether any request is waiting or running."""
+        """Whether any request is waiting or running, or has tokens that no step has returned yet."""
         ...
 
     @property

@@ -2,14 +2,14 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
 import numpy as np
 
 from ..cluster.errors import RaylignError, RunFailed
-from .engine import Engine, TokenEvent
+from .engine import Engine, RequestsFailed, TokenEvent
 from .records import Completion, FinishReason, GenerationRequest
 
 T = TypeVar("T")
@@ -102,8 +102,11 @@ class EngineThread:
     def _step(self, engine: Engine) -> None:
         try:
             events = engine.step()
+        except RequestsFailed as error:
+            self._fail(engine, error.request_ids, error)
+            return
         except Exception as error:  # noqa: BLE001  whatever broke the step ends the requests in it, not the thread
-            self._fail_all(engine, RunFailed(f"the engine failed: {type(error).__name__}: {error}"))
+            self._fail(engine, list(self._listeners), RunFailed(f"the engine failed: {type(error).__name__}: {error}"))
             return
         for event in events:
             listener = self._listeners[event.request_id]
@@ -116,9 +119,10 @@ class EngineThread:
         if not self._unfinished[request_id]:
             del self._unfinished[request_id], self._listeners[request_id]
 
-    def _fail_all(self, engine: Engine, error: RaylignError) -> None:
-        listeners, self._listeners, self._unfinished = self._listeners, {}, {}
-        for request_id, listener in listeners.items():
+    def _fail(self, engine: Engine, request_ids: Iterable[str], error: RaylignError) -> None:
+        for request_id in request_ids:
+            listener = self._listeners.pop(request_id)
+            del self._unfinished[request_id]
             engine.abort(request_id)
             listener(error)
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..cluster.errors import InputError, RunFailed
+from ..cluster.errors import InputError
 from .cache import Prefix
 from .decoder import Decoder
-from .engine import TokenEvent
+from .engine import RequestsFailed, TokenEvent
 from .lora import Plan
 from .records import FinishReason, GenerationRequest
 from .sampling import Knobs, draw, stream_key, uniforms
@@ -112,8 +112,8 @@ class NativeEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self._waiting) or any(row is not None for row in self._rows)
+        """Whether any request is waiting or running, or has tokens that a failed step kept back."""
+        return bool(self._waiting or self._events) or any(row is not None for row in self._rows)
 
     @property
     def max_length(self) -> int:
@@ -162,8 +162,8 @@ class NativeEngine:
     def step(self) -> list[TokenEvent]:
         """Advance every running row by one token and admit waiting ones; returns the new tokens, one a row.
 
-        Raises `RunFailed` when weights give logits that are not finite; the requests that met them are forgotten, the
-        others go on with the next step, which also returns what this one had drawn.
+        Raises `RequestsFailed` when weights give logits that are not finite; the requests that met them are forgotten,
+        the others go on with the next step, which also returns what this one had drawn.
         """
         self._compact()
         if self._rows:
@@ -316,9 +316,10 @@ class NativeEngine:
         for request_id in requests:
             self.abort(request_id)
         weights = {f"adapter {row.adapter[:12]}" if row.adapter else "the base model" for row in bad}
-        raise RunFailed(
+        raise RequestsFailed(
             f"{', '.join(sorted(weights))} gives logits that are not finite numbers: the weights have diverged "
-            f"(requests {', '.join(sorted(requests))})"
+            f"(requests {', '.join(sorted(requests))})",
+            frozenset(requests),
         )
 
     def _strings(self, request: GenerationRequest) -> StopStrings | None:

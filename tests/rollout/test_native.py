@@ -1,5 +1,6 @@
 """The native engine against transformers, and against itself in other company."""
 
+import pickle
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from raylign.cluster.errors import InputError, RunFailed
-from raylign.rollout.engine import TokenEvent, generate
+from raylign.cluster.errors import InputError
+from raylign.rollout.engine import RequestsFailed, TokenEvent, generate
 from raylign.rollout.native import NativeEngine
 from raylign.rollout.records import Completion, GenerationRequest, Sampling, SeedKey
 
@@ -292,12 +293,27 @@ def test_weights_that_diverged_end_their_own_requests_only(llama: Path, tmp_path
     engine.submit(good)
     events = engine.step()
     engine.submit(request(2, adapter="diverged"))
-    with pytest.raises(RunFailed, match=r"adapter diverged gives logits that are not finite.*\(requests r2\)"):
+    with pytest.raises(RequestsFailed, match=r"adapter diverged gives logits that are not finite.*\(requests r2\)"):
         engine.step()
     while engine.busy:
         events += engine.step()
     got = [[e.token for e in events if e.index == i] for i in range(3)]
     assert [np.array(tokens, np.int32).tobytes() for tokens in got] == [tokens for tokens, *_ in expected]
+
+
+def test_the_last_tokens_of_a_request_are_not_lost_with_a_diverged_one(llama: Path, tmp_path: Path):
+    tensors, config = make_adapter(llama, tmp_path / "a", 1)
+    engine = NativeEngine(llama, slots=8, max_length=64)
+    engine.load_adapter("diverged", {name: array * np.float32(1e30) for name, array in tensors.items()}, config)
+    engine.submit(request(1, max_tokens=2))
+    engine.step()
+    engine.submit(request(2, adapter="diverged"))
+    with pytest.raises(RequestsFailed) as failed:
+        engine.step()
+    assert failed.value.request_ids == {"r2"}
+    assert pickle.loads(pickle.dumps(failed.value)).request_ids == {"r2"}
+    assert [(e.request_id, e.finish_reason) for e in engine.step()] == [("r1", "length")]
+    assert not engine.busy
 
 
 def _t5(folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from raylign.cluster.errors import InputError, RunFailed
-from raylign.rollout.engine import TokenEvent
+from raylign.rollout.engine import RequestsFailed, TokenEvent
 from raylign.rollout.engine_thread import EngineThread
 from raylign.rollout.records import GenerationRequest, Sampling, SeedKey
 from raylign.serve.bridge import Bridge
@@ -103,6 +103,31 @@ def test_a_failed_step_reaches_every_reader(engine: ScriptedEngine, thread: Engi
     engine.step = broken  # type: ignore[method-assign]
     errors = asyncio.run(main())
     assert all(isinstance(error, RunFailed) and "no memory" in str(error) for error in errors)
+
+
+def test_requests_that_fail_by_themselves_leave_the_others_running(
+    engine: ScriptedEngine, thread: EngineThread
+) -> None:
+    step = engine.step
+
+    def refuse_one() -> list[TokenEvent]:
+        engine.step = step  # type: ignore[method-assign]
+        raise RequestsFailed("bad diverged", frozenset({"bad"}))
+
+    async def main() -> list[object]:
+        bridge = Bridge(thread)
+        engine.steps = threading.Semaphore(0)
+        asks = [asyncio.ensure_future(_tokens(bridge, _request(name, 1, 9))) for name in ("good", "bad")]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # both are queued before the first step may end
+        engine.step = refuse_one  # type: ignore[method-assign]
+        engine.steps.release(100)
+        return list(await asyncio.gather(*asks, return_exceptions=True))
+
+    good, bad = asyncio.run(main())
+    assert good == {("good", 0): list(range(1, 10))}
+    assert isinstance(bad, RequestsFailed)
+    assert str(bad) == "bad diverged"
 
 
 def test_an_adapter_asked_for_at_once_is_loaded_once(engine: ScriptedEngine, thread: EngineThread) -> None:
