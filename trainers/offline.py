@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.errors import DoesNotFit, RunFailed
+from ..cluster.placement import amount, free_offers, place, release
 from ..cluster.rundir import RunDir
 from .config import stage_name
 from .model_state import ModelState, StageOutcome
@@ -31,6 +32,9 @@ _POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 """How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
 checkpoints cost 20 s."""
 
+_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""How long Ray Train's controller waits for the workers' places, each time it starts them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
@@ -44,6 +48,7 @@ class TrainJob:
     seed: int
     steps: int
     run_dir: Path
+    checkpoints: Path
     model_out: Path
 
 
@@ -56,13 +61,15 @@ def run_offline_stage(
     seed: int,
     run_dir: RunDir,
     init_random: bool = False,
+    wait_seconds: float = 120.0,
 ) -> StageOutcome:
     """Train one stage on the rows its proof encoded, on the Ray cluster this process is connected to.
 
     `model` is what `starting_model` gave: with its adapter training goes on, without one the stage's own is new.
     Blocks until the stage is done or `run_dir.desired()["stop"]` ended it. Call it off the main thread, where Ray
     Train would take Ctrl-C for itself. Run again after a stop or a crash it goes on from the last checkpoint.
-    Raises `InputError`, `DoesNotFit`, or `RunFailed` with the last checkpoint's place.
+    Raises `InputError`, `DoesNotFit` where the workers get no place within `wait_seconds`, or `RunFailed` with the
+    last checkpoint's place.
     """
     name = stage_name(stage)
     _require_room(stage, name)
@@ -76,10 +83,17 @@ def run_offline_stage(
         seed=seed,
         steps=stage.steps or math.ceil(len(encoded) / stage.batch_size),
         run_dir=root,
+        checkpoints=root / "checkpoints" / f"{index}-{name}",
         model_out=root / "models" / f"{index}-{name}",
     )
     began = time.time()
-    made = _fit(job, rows_table(encoded), f"{index}-{name}")
+    try:
+        _await_room(stage, name, wait_seconds, run_dir)
+        made = _fit(job, rows_table(encoded), wait_seconds)
+    except DoesNotFit:
+        if not run_dir.desired().get("stop"):
+            raise
+        made = not_begun(job)
     return StageOutcome(
         model=ModelState(Path(made["base"]), Path(made["adapter"]) if made["adapter"] else None),
         metrics=_summary(run_dir, name),
@@ -105,6 +119,28 @@ def _require_room(stage: OfflineStage, name: str) -> None:
             )
 
 
+def _await_room(stage: OfflineStage, name: str, wait_seconds: float, run_dir: RunDir) -> None:
+    """Wait until every worker would get a place, or raise `DoesNotFit` with what is asked and free.
+
+    Also raises it when the run is asked to stop: Ray Train's controller hears nothing while it waits for a place.
+    """
+    deadline, groups = time.monotonic() + wait_seconds, []
+    try:
+        for rank in range(stage.workers):
+            role = f"train worker {rank + 1} of {stage.workers} of stage {name}"
+            left = max(0.1, deadline - time.monotonic())
+            groups.append(place(role, stage.resources, left, cancelled=lambda: bool(run_dir.desired().get("stop"))))
+    finally:
+        for group in groups:
+            release(group)
+
+
+def not_begun(job: TrainJob, step: int = 0) -> dict[str, Any]:
+    """What `train_worker` returns of a stage that was asked to stop before another step."""
+    adapter = str(job.adapter) if job.adapter else None
+    return {"base": str(job.base), "adapter": adapter, "step": step, "error": None, "stopped": True}
+
+
 def rows_table(encoded: Sequence[EncodedRow]) -> "pa.Table":
     """The rows as one Arrow table, which Ray's object store shares without a copy."""
     import pyarrow as pa
@@ -123,7 +159,7 @@ def row_order(seed: int, rows: int, batch_size: int, steps: int) -> list[int]:
     return [row for step in range(steps) for row in prompts_of_step(seed, rows, batch_size, step)]
 
 
-def _fit(job: TrainJob, rows: "pa.Table", run_name: str) -> dict[str, Any]:
+def _fit(job: TrainJob, rows: "pa.Table", wait_seconds: float) -> dict[str, Any]:
     """Run the workers under Ray Train; what rank 0 returned."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -135,7 +171,8 @@ def _fit(job: TrainJob, rows: "pa.Table", run_name: str) -> dict[str, Any]:
 
     for key, value in _POLL.items():
         os.environ.setdefault(key, value)
-    stage, checkpoints = job.stage, job.run_dir / "checkpoints"
+    os.environ[_START_TIMEOUT] = str(wait_seconds)
+    stage = job.stage
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "rows": ray.put(rows)},
@@ -145,9 +182,9 @@ def _fit(job: TrainJob, rows: "pa.Table", run_name: str) -> dict[str, Any]:
             resources_per_worker={"CPU": stage.resources.cpus, "GPU": stage.resources.gpus},
         ),
         run_config=RunConfig(
-            name=run_name,
-            storage_path=str(checkpoints),
-            failure_config=FailureConfig(max_failures=stage.max_failures),
+            name=job.checkpoints.name,
+            storage_path=str(job.checkpoints.parent),
+            failure_config=FailureConfig(max_failures=stage.max_failures, controller_failure_limit=stage.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -155,23 +192,32 @@ def _fit(job: TrainJob, rows: "pa.Table", run_name: str) -> dict[str, Any]:
     try:
         made = trainer.fit().return_value
     except TrainingFailedError as error:
-        raise _failure(error, job, checkpoints / run_name) from error
+        raise _failure(error, job) from error
     if not isinstance(made, dict):
         raise RunFailed(f"stage {job.name}: Ray Train ended without a result from rank 0")
     if made.get("error"):
-        raise RunFailed(f"stage {job.name}: {made['error']}; {_last_checkpoint(checkpoints / run_name)}")
+        raise RunFailed(f"stage {job.name}: {made['error']}; {_last_checkpoint(job.checkpoints)}")
     return made
 
 
-def _failure(error: Exception, job: TrainJob, folder: Path) -> RunFailed:
-    """One line for a stage whose workers failed more often than allowed."""
+def _failure(error: Exception, job: TrainJob) -> RunFailed | DoesNotFit:
+    """One line for a stage whose workers failed more often than allowed, or got no place again."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+        each = amount(job.stage.resources.cpus, job.stage.resources.gpus)
+        free = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers())
+        return DoesNotFit(
+            f"stage {job.name} asked for {job.stage.workers} workers of {each} and they got no place within "
+            f"{os.environ[_START_TIMEOUT]} s: {free}; {_last_checkpoint(job.checkpoints)}"
+        )
     failures = getattr(error, "worker_failures", None) or {}
     rank, cause = next(iter(failures.items()), (None, error))
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     where = f"training worker {rank} of {job.stage.workers}" if rank is not None else "Ray Train"
     return RunFailed(
         f"stage {job.name}: {where} failed after {job.stage.max_failures} restarts: "
-        f"{lines[-1] if lines else type(cause).__name__}; {_last_checkpoint(folder)}"
+        f"{lines[-1] if lines else type(cause).__name__}; {_last_checkpoint(job.checkpoints)}"
     )
 
 

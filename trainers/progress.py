@@ -6,12 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from ray.train import Checkpoint, report
 from transformers import TrainerCallback
 
 from ..cluster.rundir import RunDir
+from .manifests import free_name, write_manifest
 from .offline import TrainJob
+from .train_worker import agreed
 
 _TICK_SECONDS = 0.5
 """How often rank 0 tells the run directory where it is and asks it whether to stop."""
@@ -32,7 +33,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End early, with a checkpoint, where a user asked for it."""
         stop = self._rank == 0 and self._tick(state.global_step)
-        if self._agreed(stop, args.device) and state.global_step < self._job.steps:
+        if agreed(stop, self._job.stage.workers, args.device) and state.global_step < self._job.steps:
             control.should_save = control.should_training_stop = True
 
     def _tick(self, step: int) -> bool:
@@ -43,14 +44,6 @@ class Progress(TrainerCallback):
         where = {"stage": self._job.name, "step": step, "steps": self._job.steps}
         self._run.update_status(**where, workers={"train": self._job.stage.workers}, metrics=self._last)
         return bool(self._run.desired().get("stop"))
-
-    def _agreed(self, stop: bool, device: torch.device) -> bool:
-        """Whether any rank wants to stop; a collective, so that all do at the same step."""
-        if self._job.stage.workers == 1:
-            return stop
-        flag = torch.tensor([int(stop)], device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         """Write the step's metrics. A loss that is no number ends training: another try would give the same."""
@@ -69,6 +62,7 @@ class Progress(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Hand the checkpoint to Ray Train: each rank its part, which Ray lays together on the run's storage."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        name = f"step-{state.global_step:06d}"
+        write_manifest(folder, self._rank, self._job.stage.workers)
+        name = free_name(self._job.checkpoints, state.global_step)  # Ray Train takes that of rank 0
         report({"step": state.global_step}, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
         shutil.rmtree(folder)

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ..cluster.rundir import RunDir
 from ..cluster.weights import base_digest, save_adapter
 from .adapters import export_weights, open_model, random_model, save_model
-from .offline import TrainJob, row_order
+from .manifests import newest_valid, step_of
+from .offline import TrainJob, not_begun, row_order
 from .stages import CptStage
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
     from datasets import Dataset
 
 
@@ -57,9 +59,11 @@ def _quiet() -> None:
 
 
 def _train(job: TrainJob, rows: "pa.Table", run: RunDir, rank: int, scratch: Path) -> dict[str, Any]:
-    from ray.train import get_checkpoint
-
     _quiet()
+    checkpoint = _checkpoint(run, rank)
+    at = step_of(checkpoint) if checkpoint else 0
+    if _stop_asked(job, run, rank):
+        return not_begun(job, at)
     from .hf_trainer import make_trainer
     from .progress import Progress
 
@@ -67,18 +71,46 @@ def _train(job: TrainJob, rows: "pa.Table", run: RunDir, rank: int, scratch: Pat
     trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)
     progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps))
     trainer.add_callback(progress)
-    checkpoint = get_checkpoint()
-    if checkpoint is None:
-        trainer.train()
-    else:
-        with checkpoint.as_directory() as folder:
-            trainer.train(resume_from_checkpoint=folder)
+    if _stop_asked(job, run, rank):
+        return not_begun(job, at)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step, adapter = int(trainer.state.global_step), job.adapter and str(job.adapter)
     made: dict[str, Any] = {"base": str(job.base), "adapter": adapter, "step": step, "error": progress.error}
     made["stopped"] = step < job.steps and not progress.error
     if rank == 0 and step == job.steps and not progress.error:
         made |= _write_outcome(job, trainer.model)
     return made
+
+
+def _checkpoint(run: RunDir, rank: int) -> Path | None:
+    """The newest checkpoint whose files are as they were written, if there is one."""
+    from ray.train import get_checkpoint
+
+    newest = get_checkpoint()
+    if newest is None:
+        return None
+    found, refused = newest_valid(Path(newest.path))
+    for name in refused if rank == 0 else ():
+        run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
+    return found
+
+
+def _stop_asked(job: TrainJob, run: RunDir, rank: int) -> bool:
+    """Whether the run is asked to stop before its next step; all ranks must ask at the same place."""
+    from ray.train.torch import get_device
+
+    return agreed(rank == 0 and bool(run.desired().get("stop")), job.stage.workers, get_device())
+
+
+def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
+    """Whether any rank wants to stop; a collective, so that all do at the same step."""
+    import torch
+
+    if workers == 1:
+        return stop
+    flag = torch.tensor([int(stop)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _model(job: TrainJob) -> Any:

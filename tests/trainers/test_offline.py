@@ -2,14 +2,15 @@
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from raylign.cluster.config import Resources
 from raylign.cluster.errors import DoesNotFit, RunFailed
@@ -91,40 +92,64 @@ def test_a_stop_and_a_resume_change_nothing(
     def go_on() -> StageOutcome:
         return run(CPT, TEXTS, ModelState(tiny_model), tmp_path, init_random=True)
 
-    RunDir(tmp_path).desire(stop=True)
-    first = go_on()
+    run_dir = RunDir(tmp_path)
+    with once(lambda: at_step(run_dir, 5), lambda: run_dir.desire(stop=True)):
+        first = go_on()
     assert first.stopped
-    assert first.steps < 40
-    assert (tmp_path / "checkpoints/0-cpt" / f"step-{first.steps:06d}").is_dir()
+    assert 5 <= first.steps < 40
     assert first.model.base == tiny_model
-    RunDir(tmp_path).desire(stop=False)
+    folder = tmp_path / "checkpoints/0-cpt"
+    kept = sorted(path.name for path in folder.glob("step-*"))
+    assert kept[-1] == f"step-{first.steps:06d}"
+    truncate(folder / kept[-1] / "model.safetensors")
+
+    run_dir.desire(stop=False)
     last = go_on()
+    assert [e["checkpoint"] for e in run_dir.events("checkpoint_refused")] == [kept[-1]]
     assert (last.steps, last.stopped) == (40, False)
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
-    assert same(weights(last.base), weights(undisturbed[1].model.base))
+    assert same(weights(last.model.base), weights(undisturbed[1].model.base))
+
+
+def truncate(file: Path) -> None:
+    """As a full disk leaves it, or a machine that lost power."""
+    os.truncate(file, file.stat().st_size // 2)
 
 
 def test_a_killed_worker_changes_nothing(
     undisturbed: tuple[Path, StageOutcome], tiny_model: Path, tmp_path: Path
 ) -> None:
-    killer = threading.Thread(target=kill_one_at, args=(RunDir(tmp_path), lambda step: step >= 6))
-    killer.start()
-    outcome = run(CPT, TEXTS, ModelState(tiny_model), tmp_path, init_random=True)
-    killer.join()
+    run_dir = RunDir(tmp_path)
+    with once(lambda: at_step(run_dir, 6), lambda: kill_worker(run_dir)):
+        outcome = run(CPT, TEXTS, ModelState(tiny_model), tmp_path, init_random=True)
     assert outcome.restarts == 1
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
     assert same(weights(outcome.model.base), weights(undisturbed[1].model.base))
 
 
-def kill_one_at(run_dir: RunDir, when: Callable[[int], bool]) -> None:
-    """Kill training worker 1, as a machine that fails does, once the run has come that far."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        steps = [m["step"] for m in run_dir.all_metrics()]
-        if steps and when(max(steps)):
-            os.kill(next(e["pid"] for e in run_dir.events("worker") if e["rank"] == 1), signal.SIGKILL)
-            return
-        time.sleep(0.005)
+def kill_worker(run_dir: RunDir) -> None:
+    """Kill training worker 1, as a machine that fails does."""
+    os.kill(next(e["pid"] for e in run_dir.events("worker") if e["rank"] == 1), signal.SIGKILL)
+
+
+def at_step(run_dir: RunDir, step: int) -> bool:
+    return any(m["step"] >= step for m in run_dir.all_metrics())
+
+
+@contextmanager
+def once(holds: Callable[[], bool], act: Callable[[], object]) -> Iterator[None]:
+    """Do something beside the run, as soon as a condition holds."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 120
+        while not holds() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        act()
+
+    with ThreadPoolExecutor(1) as thread:
+        acted = thread.submit(wait)
+        yield
+        acted.result()
 
 
 # ---- adapters
@@ -198,6 +223,42 @@ def test_more_than_the_cluster_has_is_refused_at_once(ray_session: str, tiny_mod
     stage = SFT.model_copy(update={"resources": Resources(cpus=500)})
     with pytest.raises(DoesNotFit, match=r"asks for 1000 CPUs \(2 workers of 500\), the cluster has 8"):
         run(stage, TURNS, ModelState(tiny_model), tmp_path)
+
+
+@pytest.fixture
+def busy(ray_session: str) -> Iterator[None]:
+    """A cluster of 8 CPUs with one left."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    others = placement_group([{"CPU": 7}])
+    ray.get(others.ready())
+    yield
+    remove_placement_group(others)
+
+
+def test_a_busy_cluster_is_waited_for_only_so_long(busy: None, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match=r"worker 2 of 2 of stage sft asked for 1 CPU .* within .* has 0 CPU free"):
+        run(SFT, TURNS, ModelState(tiny_model), tmp_path, wait_seconds=2.0)
+
+
+def test_a_stop_ends_the_wait_for_a_place(busy: None, tiny_model: Path, tmp_path: Path) -> None:
+    RunDir(tmp_path).desire(stop=True)
+    outcome = run(SFT, TURNS, ModelState(tiny_model), tmp_path, wait_seconds=200.0)
+    assert (outcome.stopped, outcome.steps, outcome.model) == (True, 0, ModelState(tiny_model))
+    assert RunDir(tmp_path).events("worker") == []
+
+
+def test_a_stop_is_followed_before_the_first_step(ray_session: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Asked for when the workers are there already, with libraries to import and a model to load."""
+    run_dir = RunDir(tmp_path)
+    with once(lambda: bool(run_dir.events("worker")), lambda: run_dir.desire(stop=True)):
+        outcome = run(SFT, TURNS, ModelState(tiny_model), tmp_path)
+    assert (outcome.stopped, outcome.steps) == (True, 0)
+    assert run_dir.all_metrics() == []
+    pids = [e["pid"] for e in run_dir.events("worker")]
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_without_retries(
