@@ -1,6 +1,6 @@
 """`RunConfig`: a whole recipe, composed of what each folder says of itself. Imports neither ray nor torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,6 +18,7 @@ class ModelConfig(Config):
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` builds the architecture of the folder's config.json with fresh weights from the run's seed."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base under a GRPO adapter; wherever all weights train, and on Ray Train, they are float32."""
 
 
 class PrepareConfig(Config):
@@ -42,7 +43,8 @@ class EvaluationConfig(Config):
     data: DataConfig
     rewards: list[RewardConfig] = Field(min_length=1, max_length=1)
     """What counts as right: one reward, 1.0 for a right answer."""
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    temperatures: tuple[Annotated[float, Field(ge=0, le=2)], ...] = (0.0, 1.0)
+    """Each from 0 (greedy) to 2, as the API takes it."""
     max_tokens: int = Field(default=256, ge=1)
     concurrency: int = Field(default=64, ge=1)
 
@@ -69,20 +71,34 @@ class RunConfig(Config):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError(f"{storage!r} is a URL: storage is a folder that all nodes see, such as runs or /mnt/runs")
+        return storage
+
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         names = [stage_name(s) for s in self.stages]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give one of them a name of its own")
-        longest = max((f"{self.name}-{n}" for n in [*names, "base"]), key=len)
+        served = [f"{self.name}-{n}" for n in [*names, "base"]]
+        longest = max(served, key=len)
         if self.serve and len(longest) > 64:
             raise ValueError(f"{longest!r} would name a served model, but is longer than 64 characters: shorten name")
+        if self.serve and self.serve.alias in served:
+            raise ValueError(
+                f"serve.alias {self.serve.alias!r} is the name that the run serves its "
+                f"{self.serve.alias.removeprefix(f'{self.name}-')} model under: take another"
+            )
         if self.evaluation and not self.serve:
             raise ValueError("evaluation asks the served models: add a serve section with an alias")
         if self.model.init == "random" and self.stages[0].type != "cpt":
             raise ValueError("model.init is random: the first stage must be cpt, which trains all weights")
         paths = [self.model.path, *(s.data.path for s in self.stages)]
+        paths += [self.evaluation.data.path] if self.evaluation else []
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
         for index, stage in enumerate(self.stages[1:], 1):
@@ -91,6 +107,21 @@ class RunConfig(Config):
                 raise ValueError(
                     f"stages.{index}.adapter.path {adapter.path!r}: the stages before it change the model that the "
                     "adapter was made for; give it in the first stage"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _dtype_is_honoured(self) -> "RunConfig":
+        if self.model.dtype == "float32":
+            return self
+        for index, stage in enumerate(self.stages):
+            where = f"model.dtype {self.model.dtype}: stages.{index} ({stage.type})"
+            if stage.type != "grpo":
+                raise ValueError(f"{where} runs on Ray Train, where weights are float32; leave dtype out")
+            if not self.stages[0].adapter:  # type: ignore[union-attr]  # the first stage is grpo here
+                raise ValueError(
+                    f"{where} trains all weights, and small updates are lost in {self.model.dtype}: they are float32; "
+                    "leave dtype out, or give the stage an adapter"
                 )
         return self
 

@@ -98,6 +98,33 @@ def test_grpo_refuses_what_makes_trainer_and_engine_differ(recipe: Path, overrid
         load_recipe(recipe, [override])
 
 
+EVALUATION = "evaluation={data: {path: %s}, rewards: [{type: format, pattern: x}], temperatures: [%s]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["serve.alias=small-base"], "serve.alias 'small-base' is the name that the run serves its base model under"),
+        (["serve.alias=small-sft"], "serve.alias 'small-sft' is the name that the run serves its sft model under"),
+        (["storage=s3://bucket/runs"], "'s3://bucket/runs' is a URL: storage is a folder"),
+        (["serve.alias=a", EVALUATION % ("prepared://x.jsonl", "0")], "there is no prepare section to write it"),
+        (["serve.alias=a", EVALUATION % ("x.jsonl", "0, 2.5")], "less than or equal to 2"),
+        (["serve.alias=a", EVALUATION % ("x.jsonl", "-1")], "greater than or equal to 0"),
+        (["model.dtype=bfloat16"], "stages.0 (sft) runs on Ray Train, where weights are float32"),
+    ],
+)
+def test_sections_that_disagree(recipe: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_recipe(recipe, overrides)
+
+
+def test_bfloat16_is_for_the_base_under_a_grpo_adapter(recipe: Path) -> None:
+    recipe.write_text(re.sub(r"  - type: sft\n.*\n.*\n", "", RECIPE))
+    assert load_recipe(recipe, ["model.dtype=bfloat16", "stages.0.adapter={r: 4}"]).model.dtype == "bfloat16"
+    with pytest.raises(InputError, match=r"stages\.0 \(grpo\) trains all weights"):
+        load_recipe(recipe, ["model.dtype=bfloat16"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [("seed", "key.path=value"), ("stages.9.x=1", "nothing at stages.9.x"), ("stages.0.lr=1", "did you mean")],
