@@ -1,18 +1,17 @@
 """The service without HTTP: which model a request means, its prompt in tokens, and the text that comes back."""
 
-import json
 import secrets
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..cluster.errors import InputError, NotFound
+from ..rollout.chat import encode_prompt, stop_tokens
 from ..rollout.engine import TokenEvent
 from ..rollout.engine_thread import EngineThread
 from ..rollout.records import GenerationRequest, Sampling, SeedKey
@@ -53,7 +52,7 @@ class Service:
         self._bridge = Bridge(engine)
         self._tokenizer = tokenizer
         self._registry = registry
-        self._stop_tokens = stop_token_ids(Path(base.path), tokenizer)
+        self._stop_tokens = tuple(sorted(stop_tokens(tokenizer)))
         self.max_length: int = engine.call(lambda owned: owned.max_length).result()
 
     async def select(self, name: str) -> Entry:
@@ -86,17 +85,17 @@ class Service:
         return aliases | {digest: entry for digest, entry in entries.items() if digest not in named}
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation in tokens, through the model's own template, open for the assistant's turn."""
-        from jinja2 import TemplateError
+        """A conversation in tokens, through the model's own template, open for the assistant's turn.
 
+        Raises a 400 where the model has no template, or it refuses the messages.
+        """
         turns = [{"role": message.role, "content": message.text} for message in messages]
         try:
-            text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise bad_request(f"the model's chat template refuses these messages: {error}", param="messages") from None
-        except ValueError as error:
-            raise bad_request(f"the model has no chat template: ask /v1/completions ({error})", param="model") from None
-        return self._tokenizer.encode(text, add_special_tokens=False)
+            return encode_prompt(self._tokenizer, turns)
+        except InputError as error:
+            if self._tokenizer.chat_template:
+                raise bad_request(str(error), param="messages") from None
+            raise bad_request(f"{error}: ask /v1/completions", param="model") from None
 
     def text_prompt(self, prompt: str | list[int]) -> list[int]:
         """A prompt in tokens. Raises a 400 for tokens that the model does not have."""
@@ -189,14 +188,6 @@ class Service:
             sampled=len(events),
             finish_reason="stop" if reason and row.text.stopped else reason,
         )
-
-
-def stop_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's end of sequence, and those of the model's generation config."""
-    path = folder / "generation_config.json"
-    named = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return tuple(sorted(token for token in found if token is not None))
 
 
 def _no_model(message: str) -> ApiError:

@@ -9,7 +9,6 @@ is refused with `InputError`, never guessed: a wrong mask trains for a night wit
 Labels are token ids, or -100 where the loss does not count; both lists have the length of the row.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ..cluster.errors import InputError
+from ..rollout.chat import encode_prompt as encode_prompt
+from ..rollout.chat import stop_tokens as stop_tokens
 from .data import Message
 
 IGNORED = -100
@@ -93,16 +94,6 @@ def load_tokenizer(path: Path | str, *, chat: bool = True) -> Tokenizer:
     return tokenizer
 
 
-def stop_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Token ids that end an answer: the tokenizer's end token and those of the model's generation_config.json."""
-    ids = [tokenizer.eos_token_id]
-    path = Path(tokenizer.name_or_path) / "generation_config.json"
-    if path.is_file():
-        more = json.loads(path.read_text()).get("eos_token_id")
-        ids += more if isinstance(more, list) else [more]
-    return frozenset(i for i in ids if i is not None)
-
-
 # ---- one row of each kind
 
 
@@ -119,15 +110,6 @@ def encode_text(tokenizer: Tokenizer, text: str, max_length: int, *, truncate: b
     if stop is not None and written and not text.rstrip().endswith(written) and ids[-1] != stop:
         ids.append(stop)
     return _fit(ids, ((0, len(ids)),), max_length, truncate)
-
-
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The tokens to generate after; control tokens written in a message are read as plain text."""
-    _render(tokenizer, messages, prompt=True)
-    ids = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
-    return list(ids)
 
 
 def encode_conversation(
