@@ -1,24 +1,37 @@
 """Waiting for actors: every wait has a time-out and an error that names the actor and what it was doing."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .errors import RaylignError, RunFailed, WorkerLost
 
+TICK_SECONDS = 0.4
+"""How long a wait that has something to look after goes without doing so."""
 
-def get(refs: Any, *, actor: str, what: str, timeout: float) -> Any:
-    """`ray.get` with an owner. Raises the actor's own `RaylignError`; `WorkerLost` when it died or took too long."""
+
+def get(refs: Any, *, actor: str, what: str, timeout: float, tick: Callable[[], None] | None = None) -> Any:
+    """`ray.get` with an owner. Raises the actor's own `RaylignError`; `WorkerLost` when it died or took too long.
+
+    `tick` is called at least twice a second meanwhile; what it raises ends the wait, and the call goes on unheard.
+    """
     import ray
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
-    try:
-        return ray.get(refs, timeout=timeout)
-    except GetTimeoutError:
-        raise WorkerLost(f"{actor} did not finish {what} within {timeout:.0f} s") from None
-    except RayTaskError as error:
-        raise _own_error(error, actor, what) from error
-    except RayError as error:
-        raise WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}") from None
+    give_up = time.monotonic() + timeout
+    while True:
+        left = max(0.0, give_up - time.monotonic())
+        try:
+            return ray.get(refs, timeout=min(left, TICK_SECONDS) if tick else left)
+        except RayTaskError as error:
+            raise _own_error(error, actor, what) from error
+        except GetTimeoutError:
+            if time.monotonic() >= give_up:
+                raise WorkerLost(f"{actor} did not finish {what} within {timeout:.0f} s") from None
+        except RayError as error:
+            raise WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}") from None
+        if tick:
+            tick()
 
 
 def _own_error(error: Any, actor: str, what: str) -> RaylignError:
