@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 from raylign.cluster.errors import ClusterUnreachable, InputError, NotFound
 from raylign.cluster.jobs import Jobs
 from raylign.cluster.local import LocalCluster, down, find, up
+from raylign.cluster.rundir import RunDir
 from raylign.cluster.submission import Submission
 
 pytestmark = pytest.mark.multinode
@@ -105,12 +106,21 @@ def test_a_job_is_followed_to_its_end(cluster: LocalCluster, tmp_path: Path) -> 
     (tmp_path / ".gitignore").write_text("*.txt")
     written: list[str] = []
     jobs = Jobs(cluster.jobs_url)
-    script = "import time; print(open('data.txt').read()); time.sleep(1); print('the end')"
-    job, new = jobs.submit("fine", f'python -c "{script}"', working_dir=tmp_path)
+    go_on = tmp_path / "go-on"  # so that the log is followed while the job runs
+    job, new = jobs.submit(
+        "fine", f"cat data.txt; echo; until test -e {go_on}; do sleep 0.1; done; echo the end", working_dir=tmp_path
+    )
     assert new
-    ended = jobs.follow(job.submission_id, written.append)
+
+    def write(text: str) -> None:
+        written.append(text)
+        if "beside the recipe" in text:
+            go_on.touch()
+
+    ended = jobs.follow(job.submission_id, write)
     assert (ended.status, ended.exit_code) == ("succeeded", 0)
-    assert "".join(written).count("beside the recipe\nthe end\n") == 1
+    lines = "".join(written).splitlines()
+    assert [lines.count("beside the recipe"), lines.count("the end")] == [1, 1]
 
     again, new = jobs.submit("fine", "true")
     assert not new
@@ -136,33 +146,60 @@ def test_a_job_nobody_knows_is_not_found(cluster: LocalCluster) -> None:
         Jobs(cluster.jobs_url).status("raylign-nobody-1")
 
 
-def test_a_recipe_is_submitted_and_its_log_read(cluster: LocalCluster, home: Path, tiny_model: Path) -> None:
-    """A real run: its model lies outside the recipe's folder, its data inside."""
-    folder = home / "recipe"
-    folder.mkdir()
-    rows = [{"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]}] * 8
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stage = {"type": "sft", "steps": 1, "batch_size": 4, "adapter": {"r": 2}, "data": {"path": "rows.jsonl"}}
-    model = os.path.relpath(tiny_model, folder)
-    (folder / "tiny.yaml").write_text(json.dumps({"name": "tiny", "model": {"path": model}, "stages": [stage]}))
+def test_a_submitted_run_is_scaled_stopped_and_goes_on(
+    cluster: LocalCluster, home: Path, tiny_model: Path, tiny_grpo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every command is a process of its own, so the run lives on without the one that sent it."""
+    model = os.path.relpath(tiny_model, tmp_path)  # outside the folder that is sent
+    recipe = tiny_grpo("life", model__path=model, stages__0__steps=5000, stages__0__kl="null")
+    run = RunDir(home / "runs" / "life")
 
-    sent = raylign("submit", "recipe/tiny.yaml", "--address", cluster.jobs_url, home=home)
-    assert sent.stdout == "tiny\n"
-    read = raylign("logs", "tiny", "-f", home=home)
-    assert "tiny: succeeded" in read.stderr
-    assert json.loads((home / "runs" / "tiny" / "summary.json").read_text())["status"] == "succeeded"
+    def submit() -> dict[str, Any]:
+        return json.loads(raylign("submit", recipe, "--address", cluster.jobs_url, "--json", home=home).stdout)
 
-    again = json.loads(raylign("submit", "recipe/tiny.yaml", "--address", cluster.jobs_url, "--json", home=home).stdout)
-    assert (again["new"], again["status"]) == (False, "succeeded")
+    first = submit()
+    assert (first["run"], first["attempt"], first["new"]) == ("life", 1, True)
+    wait_until("it trains", lambda: len(run.all_metrics()) > 2, run)
+    assert submit()["new"] is False
+    for count in (3, 1):
+        raylign("scale", "life", "--rollout", str(count), home=home)
+        status = json.loads(raylign("status", "life", "--json", home=home).stdout)
+        assert (status["status"], status["workers"]["rollout"]) == ("running", count)
+    assert [(e["before"], e["after"]) for e in run.events("scaled")] == [(1, 3), (3, 1)]
+
+    raylign("stop", "life", home=home)
+    followed = raylign("logs", "life", "-f", home=home, code=1)
+    assert followed.stderr.endswith("life: stopped\n")
+    saved = run.status()["step"]
+    assert saved > 2
+
+    again = submit()
+    assert (again["attempt"], again["new"]) == (2, True)
+    wait_until("it has gone on", lambda: run.all_metrics()[-1]["step"] > saved, run)
+    assert [e["step"] for e in run.events("resumed")] == [saved]
+    assert json.loads(raylign("stop", "life", "--json", home=home).stdout)["status"] == "stopped"
 
 
-def test_logs_of_a_failed_job_exit_with_its_code(cluster: LocalCluster, home: Path) -> None:
-    job, _ = Jobs(cluster.jobs_url).submit("wrong", "seq 1000 1100; exit 4")
-    Submission("wrong", cluster.jobs_url, job.submission_id, (job.submission_id,), str(home / "runs")).save()
-    wait_for(Jobs(cluster.jobs_url), job.submission_id, "failed")
-    done = raylign("logs", "wrong", "-f", "--tail", "2", home=home, code=4)
+def wait_until(what: str, holds: Callable[[], bool], run: RunDir, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        status = run.status()
+        assert status.get("status") != "failed", f"failed before {what}: {status}"
+        assert time.monotonic() < deadline, f"no sign that {what}: {status}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("script", "status", "code"), [("exit 4", "failed", 4), ("true", "succeeded", 0)])
+def test_logs_of_an_ended_job_exit_with_its_code(
+    cluster: LocalCluster, home: Path, script: str, status: str, code: int
+) -> None:
+    job, _ = Jobs(cluster.jobs_url).submit(status, f"seq 1000 1100; {script}")
+    Submission(status, cluster.jobs_url, job.submission_id, (job.submission_id,), str(home / "runs")).save()
+    wait_for(Jobs(cluster.jobs_url), job.submission_id, status)
+    done = raylign("logs", status, "-f", "--tail", "2", home=home, code=code)
     assert "1100\n" in done.stdout  # Ray may write a line of its own after it
     assert len(done.stdout.splitlines()) == 2
+    assert done.stderr == f"{status}: {status}\n"
 
 
 def test_a_second_one_is_refused(cluster: LocalCluster) -> None:
