@@ -2,6 +2,10 @@
 
 The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `reward`, `rollout`), the pool
 gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
+
+A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
+lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
+of a checkpoint agree; those waits end by their time-outs.
 """
 
 import time
@@ -12,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cluster.errors import RaylignError
+from ..cluster.errors import RaylignError, RunFailed
 from ..cluster.rundir import RunDir
 from ..cluster.weights import WeightStore, WeightVersion
 from ..rollout.ledger import GroupState, Ledger
@@ -60,6 +64,7 @@ class OnlineLoop:
         self._phases: dict[str, float] = {}
         self._last_tick = 0.0
         self._saved: int | None = None
+        self._begun = False
         self.step = 0
         self.stopped = False
         self.last_metrics: dict[str, float] = {}
@@ -67,15 +72,21 @@ class OnlineLoop:
 
     @property
     def weights(self) -> WeightVersion:
-        """The version published last."""
+        """The version published last. Raises `RunFailed` before the first."""
         return self._weights.current
 
+    @property
+    def version(self) -> int:
+        """The number of the version published last; 0 before the first."""
+        return self._weights.current.version if self._begun else 0
+
     def run(self) -> None:
-        """Go on from the last checkpoint, if there is one, to the stage's last step or until asked to stop.
+        """Start the roles and go on from the last checkpoint, if any, to the last step or until asked to stop.
 
         What ends it early says which checkpoint `raylign resume` goes on from.
         """
         try:
+            self._roles.start(tick=self._tick)
             self._restore()
             self._pool.start(self._weights.current, tick=self._tick)
             while self.step < self._stage.steps:
@@ -85,7 +96,8 @@ class OnlineLoop:
                     self._checkpoint()
         except StopRequested:
             self.stopped = True
-            self._checkpoint()
+            if self._begun:
+                self._checkpoint()
         except RaylignError as error:
             raise type(error)(f"{error}; {self._way_on()}") from error
 
@@ -98,7 +110,7 @@ class OnlineLoop:
         self._phases = {}
         groups = self._sample(step)
         groups = self._score(groups)
-        groups = self._reference(groups) if self._roles.reference else groups
+        groups = self._reference(groups) if self._stage.kl else groups
         samples, varies = self._advantage(groups)
         learned = self._update(samples, step)
         self._publish(step + 1, changed=bool(learned.pop("updated")))
@@ -125,7 +137,7 @@ class OnlineLoop:
     def _score(self, groups: list[Group]) -> list[Group]:
         """The groups with rewards; those that could not be scored are left out and counted."""
         with self._phase("score", lane="reward-0"):
-            for group in self._roles.score(groups):
+            for group in self._roles.score(groups, tick=self._tick):
                 self._ledger.scored(group)
                 self._tick()
         return self._ledger.batch()
@@ -134,7 +146,7 @@ class OnlineLoop:
         """The groups with the reference's log-probs of every sample."""
         with self._phase("reference", lane="reference"):
             samples = [self._train_sample(g, i, 0.0) for g in groups for i in range(len(g.samples))]
-            logprobs = iter(self._roles.reference_logprobs(samples))
+            logprobs = iter(self._roles.reference_logprobs(samples, tick=self._tick))
             return [replace(g, samples=tuple(replace(s, reference=next(logprobs)) for s in g.samples)) for g in groups]
 
     def _advantage(self, groups: list[Group]) -> tuple[list[TrainSample], np.ndarray]:
@@ -184,23 +196,39 @@ class OnlineLoop:
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
         if checkpoint:
-            self._roles.load(checkpoint.path)
             self.step = self._saved = checkpoint.step
+            self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
+            self._roles.load(checkpoint.path)
+        published = self._weights.publish(self._roles.publish(self.step), changed=False)
+        if checkpoint:
+            self._refuse_another(checkpoint, digest=published.digest)
             self._run.event("resumed", stage=self._name, step=checkpoint.step)
-        self._weights.publish(self._roles.publish(self.step), changed=False)
+        self._begun = True
+
+    def _refuse_another(self, checkpoint: Checkpoint, **now: object) -> None:
+        """Raise `RunFailed` where a checkpoint's facts differ from those of this run: going on would mix two runs."""
+        for key, value in now.items():
+            before = checkpoint.state.get(key)
+            if before != value:
+                raise RunFailed(
+                    f"checkpoint {checkpoint.path} was made with {key} {before!r}, and this run has {value!r}: put "
+                    "model, data and seed back as they were, or begin another run with --name"
+                )
 
     def _checkpoint_due(self) -> bool:
         every = self._stage.checkpoint_every or max(1, self._stage.steps // 10)
         return self.step % every == 0 or self.step == self._stage.steps
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self) -> None:
+        """Save the step, unless it is saved already."""
+        if self._saved == self.step:
+            return
         current = self._weights.current
         state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
         state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
-        checkpoint = write_checkpoint(self._checkpoints, self.step, state, self._roles.save)
+        write_checkpoint(self._checkpoints, self.step, state, self._roles.save)
         self._saved = self.step
         self._run.event("checkpoint", stage=self._name, step=self.step)
-        return checkpoint
 
     def _train_sample(self, group: Group, i: int, advantage: float) -> TrainSample:
         sample = group.samples[i]
@@ -213,11 +241,16 @@ class OnlineLoop:
         )
 
     def _tick(self) -> None:
-        """At most twice a second: follow what users ask for and say where the run is. Raises `StopRequested`."""
+        """At most twice a second: follow what users ask for and say where the run is. Raises `StopRequested`.
+
+        Before the first weights there is nothing to scale and nothing to say.
+        """
         if time.monotonic() - self._last_tick < 0.5:
             return
         self._last_tick = time.monotonic()
         stop_if_asked(self._run)
+        if not self._begun:
+            return
         wanted = self._run.desired().get("rollout")
         if wanted and wanted != self._pool.target:
             before = self._pool.target

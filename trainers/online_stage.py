@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from .online import OnlineLoop, Prompt
 from .policy import PolicySpec
 from .roles import Roles
 from .stages import GrpoStage
-from .template import Tokenizer, encode_prompt, stop_tokens
+from .template import Encoded, Tokenizer, stop_tokens
 
 
 def run_online_stage(
@@ -61,7 +62,7 @@ def run_online_stage(
     loop = OnlineLoop(
         stage,
         name,
-        prompts=[Prompt(ids=_ids(tokenizer, row), row=row) for row in given.rows],
+        prompts=_prompts(given),
         roles=roles,
         pool=pool,
         run=run,
@@ -69,33 +70,33 @@ def run_online_stage(
         seed=config.seed,
         on_metrics=on_metrics,
     )
-    try:
-        roles.wait_ready()
+    with ExitStack() as actors:
+        actors.callback(roles.close)
+        actors.callback(pool.close)
         loop.run()
-        outcome = _keep(loop, model, run, index, name, digest)
-    finally:
-        pool.close()
-        roles.close()
+        left = model if loop.stopped else _keep(loop, model, run, index, stage, digest)
     return StageOutcome(
-        model=outcome,
+        model=left,
         metrics=loop.last_metrics,
         steps=loop.step,
         seconds=time.time() - began,
         stopped=loop.stopped,
         restarts=pool.restarts,
-        version=loop.weights.version,
+        version=loop.version,
         workers=loop.workers_seen,
     )
 
 
-def _ids(tokenizer: Tokenizer, row: dict) -> np.ndarray:
-    return np.array(encode_prompt(tokenizer, row["prompt"]), np.int32)
+def _prompts(given: StageInput) -> list[Prompt]:
+    """The proven prompts with their rows; their tokens are those of the proof."""
+    proven = zip(given.proof.require(), given.rows, strict=True)
+    return [Prompt(ids=np.array(e.input_ids, np.int32), row=row) for e, row in proven if isinstance(e, Encoded)]
 
 
-def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, name: str, digest: str) -> ModelState:
+def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: GrpoStage, digest: str) -> ModelState:
     """The last published weights as a folder: an adapter under its digest, or a whole model."""
-    weights = loop.weights
-    tensors = calls.get(weights.ref, actor="the object store", what="the last weights", timeout=120)
+    weights, name = loop.weights, stage_name(stage)
+    tensors = calls.get(weights.ref, actor="the object store", what="the last weights", timeout=stage.timeout_seconds)
     provenance = {"base_digest": digest, "run": run.name, "stage": name, "steps": loop.step}
     if weights.config:
         _, folder = save_adapter(run / "adapters", tensors, weights.config, provenance)
