@@ -70,7 +70,7 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
 def _print_summary(summary: dict[str, Any], directory: Any) -> None:
     models = summary["evaluation"].get("models", {})
     if models:
-        temperatures = [k for k in next(iter(models.values())) if k not in ("n", "examples")]
+        temperatures = [k for k in next(iter(models.values())) if k not in ("n", "errors", "examples")]
         rows = [[name, *(f"{m[t]:.1%}" for t in temperatures), m["n"]] for name, m in models.items()]
         print_table("held-out questions answered right", ["model", *temperatures, "questions"], rows)
     minutes, seconds = divmod(round(summary["wall_seconds"]), 60)

@@ -3,6 +3,7 @@
 import logging
 import socket
 import time
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +28,16 @@ def start(
     dtype: Literal["float32", "bfloat16"] = "float32",
     build: BuildEngine = native_engine,
     timeout: float = 120.0,
+    tick: Callable[[], None] = lambda: None,
 ) -> str:
     """Serve a base model and every adapter of it in the registry; gives the URL (clients add `/v1`) once it answers.
 
     One Ray has one HTTP port: the first service takes its root, further ones get `/<name>`. A service of that name that
     already runs is replaced. Raises `InputError` for a host other than loopback (there are no API keys yet) or a port
     that is taken, `DoesNotFit` when replicas are larger than the cluster, or found no place within `timeout` seconds,
-    `RunFailed` when one failed.
+    `RunFailed` when one failed. `tick` is called several times a second while it waits; what that raises ends the start
+    too. Whatever ends it, nothing of the service is left.
     """
-    from ray import serve
-
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     _check_host(config.host)
     plan([Demand("serve replica", config.replicas, config.resources.cpus, config.resources.gpus)], offers())
@@ -51,23 +52,31 @@ def start(
     )
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)
+    try:
+        prefix = _deploy(name, _deployment(config, spec, build))
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        url = f"http://{host}:{port}{prefix.rstrip('/')}"
+        _wait_until_running(name, config, deadline, tick)
+        _wait_until_healthy(url, deadline, tick)
+    except BaseException:
+        stop(name)
+        raise
+    return url
+
+
+def _deploy(name: str, deployment: Any) -> str:
+    """Hand an application to Ray Serve; returns its route prefix."""
+    from ray import serve
+
     prefix = _prefix(name)
     target = serve.RunTarget(
-        target=_deployment(config, spec, build),
+        target=deployment,
         name=name,
         route_prefix=prefix,
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     serve.run_many([target], wait_for_applications_running=False)
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{port}{prefix.rstrip('/')}"
-    try:
-        _wait_until_running(name, config, deadline)
-        _wait_until_healthy(url, deadline)
-    except BaseException:
-        stop(name)
-        raise
-    return url
+    return prefix
 
 
 def stop(name: str) -> None:
@@ -181,10 +190,11 @@ def _prefix(name: str) -> str:
     return f"/{name}" if taken else "/"
 
 
-def _wait_until_running(name: str, config: ServeConfig, deadline: float) -> None:
+def _wait_until_running(name: str, config: ServeConfig, deadline: float, tick: Callable[[], None]) -> None:
     from ray import serve
 
     while (app := serve.status().applications[name]).status != "RUNNING":
+        tick()
         reasons = [app.message, *(deployment.message for deployment in app.deployments.values())]
         reason = next((message for message in reasons if message), app.status)
         if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -197,12 +207,13 @@ def _wait_until_running(name: str, config: ServeConfig, deadline: float) -> None
         time.sleep(_POLL_SECONDS)
 
 
-def _wait_until_healthy(url: str, deadline: float) -> None:
+def _wait_until_healthy(url: str, deadline: float, tick: Callable[[], None]) -> None:
     import httpx
 
     answer = "no answer"
     with httpx.Client(trust_env=False) as client:
         while time.monotonic() < deadline:
+            tick()
             try:
                 response = client.get(f"{url}/health", timeout=5)
             except httpx.TransportError as error:

@@ -14,6 +14,7 @@ Grade = Callable[[str, dict[str, Any]], float]
 
 _EXAMPLES = 5
 _TIMEOUT_SECONDS = 300.0
+_TICK_SECONDS = 0.5
 
 
 def evaluate(
@@ -26,6 +27,7 @@ def evaluate(
     max_tokens: int = 256,
     concurrency: int = 64,
     seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Ask every row's `prompt` (a list of messages) of `model` at `url`, at most `concurrency` at once.
 
@@ -36,11 +38,12 @@ def evaluate(
     - `examples`: the first rows, and the first that failed, with `prompt`, `answer`, `grade` and, if it failed, `error`
 
     Raises `RunFailed` when no row at all could be graded, `ValueError` without rows. Call it where no event loop runs.
+    `tick` is called at least once a second; what it raises ends the asking at once.
     """
     if not rows:
         raise ValueError("there are no rows to ask")
     asked = _Asked(model, temperature, max_tokens, seed)
-    results = asyncio.run(_ask_all(url, asked, rows, grade, concurrency))
+    results = asyncio.run(_ask_all(url, asked, rows, grade, concurrency, tick))
     failed = [result for result in results if "error" in result]
     if len(failed) == len(rows):
         raise RunFailed(f"none of {len(rows)} questions to {model} at {url} could be graded: {failed[0]['error']}")
@@ -62,7 +65,12 @@ class _Asked:
 
 
 async def _ask_all(
-    url: str, asked: _Asked, rows: Sequence[dict[str, Any]], grade: Grade, concurrency: int
+    url: str,
+    asked: _Asked,
+    rows: Sequence[dict[str, Any]],
+    grade: Grade,
+    concurrency: int,
+    tick: Callable[[], None],
 ) -> list[dict[str, Any]]:
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -75,7 +83,16 @@ async def _ask_all(
             async with turn:
                 return await _ask(client, asked, rows[i], i, grade)
 
-        return list(await asyncio.gather(*(one(i) for i in range(len(rows)))))
+        tasks = [asyncio.ensure_future(one(i)) for i in range(len(rows))]
+        try:
+            waiting = set(tasks)
+            while waiting:
+                tick()
+                _, waiting = await asyncio.wait(waiting, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 async def _ask(client: "AsyncOpenAI", asked: _Asked, row: dict[str, Any], i: int, grade: Grade) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..cluster.errors import InputError
+from ..rollout.chat import encode_prompt
 from ..rollout.config import MathReward, RewardConfig
 from ..rollout.reward_process import BoundedReward
 from ..rollout.rewards import check_names
+from ..serve.config import ServeConfig
 from .adapters import check_adapter
-from .config import ModelConfig, RunConfig, stage_name
+from .config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from .data import Row, kind_of_stage, load_rows
 from .proof import Proof, prove_stage, refuse_overlap
 from .recipe import resolve_prepared
@@ -54,9 +56,26 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
         say(f"evaluation: reading {config.evaluation.data.path}")
         held_out = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
         _check_answers(config.evaluation.rewards, held_out, config.evaluation.data.path)
+        if config.serve:
+            _check_room(config.evaluation, config.serve, held_out, tokenizer)
         for stage, given in zip(config.stages, stages, strict=True):
             refuse_overlap(held_out, given.rows, stage_name(stage))
     return Inputs(model, tokenizer, stages, held_out)
+
+
+def _check_room(evaluation: EvaluationConfig, serve: ServeConfig, rows: list[Row], tokenizer: Tokenizer) -> None:
+    """Every question and its answer fit in a served row: a service would refuse the longer ones after the training."""
+    for number, row in enumerate(rows, 1):
+        where = f"{evaluation.data.path}, row {number}"
+        try:
+            tokens = len(encode_prompt(tokenizer, row["prompt"]))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if tokens + evaluation.max_tokens > serve.max_length:
+            raise InputError(
+                f"{where}: {tokens} prompt tokens and evaluation.max_tokens {evaluation.max_tokens} are more than "
+                f"serve.max_length {serve.max_length}: raise serve.max_length or lower evaluation.max_tokens"
+            )
 
 
 def locate_model(model: ModelConfig, run: Path) -> Path:

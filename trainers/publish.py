@@ -51,7 +51,14 @@ def serve_and_evaluate(
     assert config.serve is not None, "only a run that serves comes here"
     say("serving")
     base = Path(Registry(registry_root(run)).resolve(names[0]).path)
-    url = deploy.start(config.serve, name=run.name, base=base, registry=registry_root(run), dtype=config.model.dtype)
+    url = deploy.start(
+        config.serve,
+        name=run.name,
+        base=base,
+        registry=registry_root(run),
+        dtype=config.model.dtype,
+        tick=lambda: stop_if_asked(run),
+    )
     try:
         evaluation = (
             _evaluate(config.evaluation, run, config.seed, inputs, url, names, say) if config.evaluation else {}
@@ -70,14 +77,16 @@ def _evaluate(
     names: Sequence[str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Accuracy of every model at every temperature; `before` is the model the last stage began with."""
+    """Accuracy of every model at every temperature; `before` is the model the last stage began with.
+
+    `errors`, where a model has it, counts answers that could not be had or graded; they count as wrong.
+    """
     models: dict[str, dict[str, Any]] = {}
     with BoundedReward(evaluation.rewards[0], Path("/")) as reward:
         for name in names:
             say(f"asking {name}")
             models[name] = {"n": len(inputs.evaluation)}
             for temperature in evaluation.temperatures:
-                stop_if_asked(run)
                 asked = evaluate(
                     url,
                     name,
@@ -87,8 +96,11 @@ def _evaluate(
                     max_tokens=evaluation.max_tokens,
                     concurrency=evaluation.concurrency,
                     seed=seed,
+                    tick=lambda: stop_if_asked(run),
                 )
                 models[name][_label(temperature)] = asked["accuracy"]
+                if asked["errors"]:
+                    models[name]["errors"] = models[name].get("errors", 0) + asked["errors"]
                 models[name].setdefault("examples", asked["examples"][:3])
     return {
         "before": _scores(models[names[-2 if len(names) > 1 else -1]]),

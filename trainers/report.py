@@ -118,7 +118,9 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     if not models:
         return ""
     names = {"greedy": "greedy", "t1": "T = 1"}
-    columns = list(dict.fromkeys(k for s in models.values() for k, v in s.items() if k != "n" and _is_number(v)))
+    columns = list(
+        dict.fromkeys(k for s in models.values() for k, v in s.items() if k not in ("n", "errors") and _is_number(v))
+    )
     head = ["model", *(names.get(c, c) for c in columns), "questions"]
     rows = [
         [escape(name), *(_share(scores.get(c), scores.get("n")) for c in columns), number(scores.get("n", "–"))]

@@ -94,3 +94,25 @@ def test_one_bad_answer_does_not_lose_the_rest(echo: tuple[str, Echo]) -> None:
 def test_nothing_answered_is_a_failure_not_zero_percent(echo: tuple[str, Echo]) -> None:
     with pytest.raises(RunFailed, match=r"none of 1 questions to m .* could be graded: BadRequestError"):
         evaluate(echo[0], "m", [_row("refuse", "")], grade=_exact)
+
+
+def test_a_stop_ends_the_asking_while_answers_are_awaited(echo: tuple[str, Echo]) -> None:
+    class Stop(Exception):
+        pass
+
+    graded = threading.Event()
+    asked = threading.Event()
+
+    def slow(text: str, row: dict[str, Any]) -> float:
+        asked.set()
+        graded.wait(20)
+        return 1.0
+
+    def tick() -> None:
+        if asked.is_set():
+            graded.set()
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(echo[0], "m", [_row("say a", "a")] * 50, grade=slow, concurrency=1, tick=tick)
+    assert len(echo[1].asked) < 50
