@@ -70,7 +70,7 @@ def interrupted(place: Path) -> Path:
         below = psutil.Process(process.pid).children(recursive=True)
         assert len(below) > 8
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C is for all of its processes
         process.wait(timeout=60)
         assert time.monotonic() - began < 20
         assert process.returncode == 1
@@ -123,6 +123,8 @@ def test_a_resumed_run_ends_with_everything(resumed: dict[str, Any], interrupted
     assert resumed["weights"]["version"] == 60
     assert (interrupted / "adapters" / resumed["weights"]["digest"] / "adapter_model.safetensors").exists()
     assert 0 < resumed["peak_memory_gb"] < 8
+    assert resumed["workers"] == {"min": 2, "max": 2}
+    assert resumed["wall_seconds"] > read(interrupted / "summary.json")["stages"][0]["seconds"]
     assert "data:image/png;base64" in (interrupted / "report.html").read_text()
     assert list((interrupted / "plots").glob("*.png"))
     assert list((interrupted / "wandb").glob("*offline-run-*"))
@@ -144,6 +146,8 @@ def test_status_and_logs_of_a_finished_run(resumed: dict[str, Any], place: Path)
     assert [r["run"] for r in json.loads(output("status", "--json", cwd=place))] == ["quickstart"]
     output("logs", "quickstart", "-f", cwd=place)
     output("scale", "quickstart", "--rollout", "3", cwd=place, code=2)
+    again = json.loads(output("resume", "quickstart", "--json", cwd=place))
+    assert again == read(place / "runs/quickstart/summary.json")
 
 
 @pytest.fixture(scope="module")
