@@ -16,11 +16,6 @@ class ModelState:
     base: Path
     adapter: Path | None = None
 
-    @property
-    def digest(self) -> str | None:
-        """The adapter's digest, which is its folder's name."""
-        return self.adapter.name if self.adapter else None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOutcome:
