@@ -13,6 +13,7 @@ from ..cluster.errors import RunFailed
 from ..cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_digest
 from .config import RolloutConfig
 from .engine_thread import EngineThread, collect
+from .engines import ENGINES
 from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey
 
 
@@ -52,18 +53,13 @@ class RolloutWorker:
     def _build(self) -> Any:
         import torch
 
-        from .native import NativeEngine
         from .self_check import check_exactness
 
-        torch.set_num_threads(1)  # with two threads the same row gives other bits in another slot
-        device = "cuda" if torch.cuda.is_available() and self._spec.config.resources.gpus else "cpu"
-        engine = NativeEngine(
-            self._spec.base,
-            slots=self._spec.config.slots,
-            max_length=self._spec.max_length,
-            dtype="bfloat16" if self._spec.dtype == "bfloat16" else "float32",
-            device=device,
-        )
+        config = self._spec.config
+        device = "cuda" if torch.cuda.is_available() and config.resources.gpus else "cpu"
+        dtype = "bfloat16" if self._spec.dtype == "bfloat16" else "float32"
+        build = ENGINES[config.engine]
+        engine: Any = build(self._spec.base, config.slots, self._spec.max_length, dtype, device)
         if device == "cpu":
             check_exactness(engine)
         return engine

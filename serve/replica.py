@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..rollout.engine import Engine
 from ..rollout.engine_thread import EngineThread
+from ..rollout.engines import ENGINES
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -31,13 +32,8 @@ BuildEngine = Callable[[ReplicaSpec, Path], Engine]
 
 
 def native_engine(spec: ReplicaSpec, folder: Path) -> Engine:
-    """The embedded engine on one CPU thread, which makes a row's arithmetic independent of its company."""
-    import torch
-
-    from ..rollout.native import NativeEngine
-
-    torch.set_num_threads(1)
-    return NativeEngine(folder, slots=spec.slots, max_length=spec.max_length, dtype=spec.dtype, device=spec.device)
+    """The embedded engine, as rollout workers build it."""
+    return ENGINES["native"](folder, spec.slots, spec.max_length, spec.dtype, spec.device)
 
 
 class Replica:

@@ -1,0 +1,25 @@
+"""The engines a recipe can name (`rollout.engine`), and how each is built, for rollout workers and replicas alike."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from .engine import Engine
+
+BuildEngine = Callable[[Path, int, int, Literal["float32", "bfloat16"], str], Engine]
+"""From a model folder, slots, max_length, dtype and device, on the thread that will own the engine."""
+
+
+def build_native(
+    folder: Path, slots: int, max_length: int, dtype: Literal["float32", "bfloat16"], device: str
+) -> Engine:
+    """The embedded engine on one CPU thread: with two, the same row gives other bits in another slot."""
+    import torch
+
+    from .native import NativeEngine
+
+    torch.set_num_threads(1)
+    return NativeEngine(folder, slots=slots, max_length=max_length, dtype=dtype, device=device)
+
+
+ENGINES: dict[str, BuildEngine] = {"native": build_native}
