@@ -118,7 +118,7 @@ def test_going_on_from_a_save_is_bit_equal_to_going_on(
     assert one.export()[2] == other.export()[2] != before
 
 
-def test_a_stage_that_goes_on_with_a_dropout_adapter_computes_without_it(
+def test_the_policy_computes_without_dropout_and_the_same_twice(
     policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:
     model = policy()._model
