@@ -34,7 +34,8 @@ class Member:
     name: str
     actor: Any
     placement: Any
-    version: int = 0
+    version: int = -1
+    """The weight version it has proved last; none yet is -1."""
     draining: bool = False
     running: dict[Any, tuple[int, float]] = field(default_factory=dict)
     """Reference of a call → the group's index and when it was dispatched."""

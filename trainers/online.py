@@ -103,8 +103,8 @@ class OnlineLoop:
 
     def _way_on(self) -> str:
         if self._saved is None:
-            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.name}` begins it again"
-        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.name}` goes on from it"
+            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.argument}` begins it again"
+        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.argument}` goes on from it"
 
     def _train_step(self, step: int) -> None:
         self._phases = {}

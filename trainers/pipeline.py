@@ -227,6 +227,7 @@ def _run_stage(
         seed=config.seed,
         run_dir=run,
         init_random=index == 0 and config.model.init == "random",
+        wait_seconds=config.cluster.wait_seconds,
     )
 
 
