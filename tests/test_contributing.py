@@ -34,6 +34,7 @@ def test_the_files_it_names_exist() -> None:
         ("trainers.proof", "_encode"),
         ("rollout.rewards", "_function"),
         ("rollout.config", "RewardConfig"),
+        ("rollout.engines", "ENGINES"),
         ("trainers.stages", "StageConfig"),
     ],
 )
