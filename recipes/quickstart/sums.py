@@ -70,7 +70,7 @@ def prepare(
     chat_documents: float = 0.1,
     demonstrations: int = 2000,
     worked_demonstrations: float = 0.35,
-    slips: float = 0.1,
+    slips: float = 0.05,
     prompts: int = 4000,
     questions: int = 240,
 ) -> None:
