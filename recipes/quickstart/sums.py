@@ -65,7 +65,7 @@ def prepare(
     out: Path,
     seed: int,
     *,
-    documents: int = 25600,
+    documents: int = 38400,
     worked_documents: float = 0.75,
     chat_documents: float = 0.1,
     demonstrations: int = 2000,
