@@ -8,7 +8,7 @@ from ..cluster.config import Config, ElasticWorkers, Resources
 
 
 class SamplingConfig(Config):
-    """How completions are drawn. The trainer's log-probs are those of this distribution."""
+    """How completions are drawn; a `grpo` stage takes only settings whose log-probs its trainer mirrors."""
 
     temperature: float = Field(default=1.0, ge=0)
     """0 is greedy."""

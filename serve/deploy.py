@@ -38,7 +38,7 @@ def start(
     `RunFailed` when one failed. `tick` is called several times a second while it waits; what that raises ends the start
     too. Whatever ends it, nothing of the service is left.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _quiet()
     _check_host(config.host)
     plan([Demand("serve replica", config.replicas, config.resources.cpus, config.resources.gpus)], offers())
     entry = Registry(registry).register_base(base)
@@ -62,6 +62,13 @@ def start(
         stop(name)
         raise
     return url
+
+
+def _quiet() -> None:
+    """Keep Ray Serve's notices off the terminal; its import sets the level, so it comes first."""
+    from ray import serve
+
+    logging.getLogger(serve.__name__).setLevel(logging.WARNING)
 
 
 def _deploy(name: str, deployment: Any) -> str:
