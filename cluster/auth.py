@@ -52,12 +52,12 @@ def ask_for_token(*, make: bool) -> bool:
         if make:
             ensure_token()
         os.environ[MODE] = "token"
-        _refresh_ray()
+        refresh_ray()
     return on
 
 
-def _refresh_ray() -> None:
-    """Ray reads its settings once, when it is imported: tell it if that was before."""
+def refresh_ray() -> None:
+    """Have Ray read its settings from the environment again, if it was imported before they were made."""
     if "ray._raylet" in sys.modules:
         from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from raylign.cluster.auth import refresh_ray
 from raylign.cluster.errors import ClusterUnreachable, InputError, NotFound
 from raylign.cluster.jobs import Jobs
 from raylign.cluster.local import LocalCluster, down, find, up
@@ -38,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
         patch.setenv("RAY_AUTH_MODE", "token")
         yield folder
+    refresh_ray()  # this process's own Ray asks for no token
 
 
 @pytest.fixture(scope="module")
