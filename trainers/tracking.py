@@ -146,11 +146,15 @@ def _run_id(folder: Path) -> str:
 
 @contextmanager
 def _service_environment(folder: Path) -> Iterator[None]:
-    """While the service starts: its logs go to the run, and it reports nothing to its makers.
+    """While the service starts: its logs go to the run, and it neither reports to its makers nor advertises.
 
-    Both can only be said in the environment; without the second it looks up a host even offline.
+    This can only be said in the environment; without the reporting switch it looks up a host even offline.
     """
-    wanted = {"WANDB_ERROR_REPORTING": "false", "WANDB_CACHE_DIR": str(folder / "cache")}
+    wanted = {
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        "WANDB_DISABLE_WEAVE": "true",
+    }
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
     try:

@@ -85,7 +85,7 @@ def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
     assert RunFailed.exit_code == RaylignError.exit_code == 1
     failed = run.summary()
     assert failed["status"] == "failed"
-    assert "`raylign resume dies` goes on" in failed["reason"]
+    assert f"`raylign resume dies --storage {tmp_path}` goes on" in failed["reason"]
     _, resumed = begin("dies", 8, resume=True)
     assert resumed["status"] == "succeeded"
     assert resumed["weights"] == undisturbed["weights"]
