@@ -83,6 +83,11 @@ class RolloutPool:
         self._reconcile()
         return self.target
 
+    def advance(self) -> None:
+        """Take in who has arrived and move on towards the target; for the phases in which nothing is generated."""
+        self._admit(timeout=0)
+        self._reconcile()
+
     def set_weights(self, weights: WeightVersion) -> None:
         """Give every worker a new version and have each prove its digest; one that does not is replaced.
 
@@ -101,8 +106,7 @@ class RolloutPool:
                         f"every rollout worker refuses weight version {weights.version}, lastly: {error}"
                     ) from error
                 self._lose(self._members[name], str(error), None)
-        self._admit(timeout=0)
-        self._reconcile()
+        self.advance()
 
     def generate(self, groups: list[Group], ledger: Ledger, *, tick: Callable[[], None]) -> Iterator[Group]:
         """Yield each group once, with its completions, as it is done. `tick` is called at least twice a second.
@@ -116,8 +120,7 @@ class RolloutPool:
         tasks = {g.index: replace(g, version=weights.version, digest=weights.digest) for g in groups}
         while not ledger.complete(GroupState.GENERATED):
             tick()
-            self._admit(timeout=0)
-            self._reconcile()
+            self.advance()
             self._dispatch(tasks, ledger)
             refs = [ref for m in self._members.values() for ref in m.running]
             if not refs:

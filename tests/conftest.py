@@ -68,11 +68,10 @@ def tiny_grpo(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
     """Writes a GRPO recipe on the tiny model: `tiny_grpo(name, **overrides)` gives its path.
 
     The reward counts vowels, so a random model has something to learn from the first step on. An override is a key of
-    the recipe with `__` for a dot: `stages__0__steps=4`.
+    the recipe with `__` for a dot: `stages__0__steps=4`. While the file `hold` stands beside the recipe, the reward
+    `held` waits: a test keeps the run in a step until it has seen or done what it wants.
     """
-    (tmp_path / "rewards.py").write_text(
-        "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
-    )
+    (tmp_path / "rewards.py").write_text(TINY_REWARDS.format(hold=str(tmp_path / "hold")))
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(10)))
 
     def write(name: str, **overrides: Any) -> Path:
@@ -86,6 +85,21 @@ def tiny_grpo(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
 
     return write
 
+
+TINY_REWARDS = """\
+import os
+import time
+
+
+def vowels(completion, row):
+    return float(sum(c in "aeiou" for c in completion))
+
+
+def held(completion, row):
+    while os.path.exists({hold!r}):
+        time.sleep(0.01)
+    return vowels(completion, row)
+"""
 
 TINY_GRPO = """\
 name: {name}

@@ -19,8 +19,10 @@ import pytest
 def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(
     tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:
+    held = '{type: function, path: "rewards.py:held", timeout_seconds: 120}'
     for name in ("alone", "spread"):
-        tiny_grpo(name, stages__0__steps=60, stages__0__checkpoint_every=50, stages__0__rollout__slots=8)
+        sizes = {"stages__0__rollout__slots": 8, "stages__0__rollout__sampling__max_tokens": 100}
+        tiny_grpo(name, stages__0__steps=12, stages__0__rewards=f"[{held}]", **sizes)
     command = [sys.executable, str(Path(__file__).resolve()), str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
@@ -56,7 +58,8 @@ def scenario(folder: Path) -> dict[str, Any]:
         here = {f"_{key}": host for key, host in hosts[0].items()}
         ray.init(address=cluster.address, namespace="raylign", log_to_driver=False, **here)
         alone = start(folder, "alone").end()
-        run = RunDir(folder / "spread")
+        run, hold = RunDir(folder / "spread"), folder / "hold"
+        hold.touch()
         running = start(folder, "spread")
         until("a worker works", running, lambda: workers(run) == 1)
         nodes = [cluster.add_node(num_cpus=1, **host) for host in hosts[1:]]
@@ -64,14 +67,18 @@ def scenario(folder: Path) -> dict[str, Any]:
         until("three workers", running, lambda: workers(run) == 3)
         actors = named_actors("spread/")
         lost = next(name for name, node in actors.items() if node == nodes[0].node_id)
+        hold.unlink()
         until("groups are running", running, lambda: run.status().get("groups", {}).get("running", 0) > 0)
         cluster.remove_node(nodes[0], allow_graceful=False)
         until("its worker is missed", running, lambda: bool(run.events("worker_lost")))
+        hold.touch()
         run.desire(rollout=2)
         until("two are asked for", running, lambda: run.status()["wanted"] == {"rollout": 2})
+        hold.unlink()
         spread = running.end()
         return {"alone": alone, "spread": spread, "actors": actors, "lost": lost, "events": run.events()}
     finally:
+        (folder / "hold").unlink(missing_ok=True)
         ray.shutdown()
         cluster.shutdown()
 

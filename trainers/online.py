@@ -90,6 +90,7 @@ class OnlineLoop:
             self._restore()
             self._pool.start(self._weights.current, tick=self._tick)
             while self.step < self._stage.steps:
+                self._follow()
                 self._train_step(self.step)
                 self.step += 1
                 if self._checkpoint_due():
@@ -248,15 +249,21 @@ class OnlineLoop:
         if time.monotonic() - self._last_tick < 0.5:
             return
         self._last_tick = time.monotonic()
-        stop_if_asked(self._run)
         if not self._begun:
+            stop_if_asked(self._run)
             return
+        self._follow()
+        self._say(self.step)
+
+    def _follow(self) -> None:
+        """Do what users ask for: stop or scale; every step begins with it. Raises `StopRequested`."""
+        stop_if_asked(self._run)
         wanted = self._run.desired().get("rollout")
         if wanted and wanted != self._pool.target:
             before = self._pool.target
             if self._pool.scale(wanted) != before:
                 self._run.event("scaled", before=before, after=self._pool.target)
-        self._say(self.step)
+        self._pool.advance()
 
     def _say(self, step: int) -> None:
         workers = {"rollout": self._pool.size} | self._roles.counts()

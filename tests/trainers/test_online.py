@@ -1,6 +1,5 @@
 """The online loop on real Ray: the same result for any number of workers, deaths and resumes."""
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,19 @@ from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
 
 
-def start(config: Any, storage: Path) -> tuple[RunDir, dict[str, Any]]:
+def start(
+    config: Any, storage: Path, act: Callable[[RunDir, int], None] | None = None
+) -> tuple[RunDir, dict[str, Any]]:
+    """A run to its end; `act(run, done)` happens when a step's metrics are written, before the next step begins."""
     run = open_run(config, storage, named=True, resume=True)
+    if act:
+        record = run.metrics
+
+        def record_and_act(stage: str, step: int, values: dict[str, float]) -> None:
+            record(stage, step, values)
+            act(run, step + 1)
+
+        run.metrics = record_and_act
     return run, run_recipe(config, run, read_inputs(config, run.path), lambda _: None)
 
 
@@ -40,46 +50,23 @@ def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
     assert all(m["kl"] > 0 for m in alone.all_metrics()[1:])
 
     config = load_recipe(tiny_grpo("troubled", stages__0__rollout__workers__start=2))
-    run = RunDir(tmp_path / "troubled")
-    killed = threading.Event()
 
-    def trouble(step: int) -> None:
-        """Kill a worker in step 1, scale up in step 2, stop in step 3 (then the test resumes)."""
-        if step == 1 and not killed.is_set():
-            killed.set()
+    def trouble(run: RunDir, done: int) -> None:
+        """After step 1 a worker dies and the run is scaled up; after step 2 it is stopped (then the test resumes)."""
+        if done == 1:
             ray.kill(ray.get_actor("troubled/grpo/rollout-0"))
             run.desire(rollout=3)
-        if step == 2:
+        if done == 2:
             run.desire(stop=True)
 
-    watcher = Watcher(run, trouble)
-    _, stopped = start(config, tmp_path)
-    watcher.end()
+    run, stopped = start(config, tmp_path, trouble)
     assert stopped["status"] == "stopped"
+    assert run.status()["step"] == 2
     assert run.events("worker_lost")
+    assert [(e["before"], e["after"]) for e in run.events("scaled")] == [(2, 3)]
     run.desire(stop=False, rollout=1)
     _, summary_b = start(config, tmp_path)
     assert summary_b["status"] == "succeeded"
     assert summary_b["weights"] == summary["weights"]
     assert samples(run) == samples(alone)
 
-
-class Watcher:
-    """Calls `act(step)` whenever a line of metrics shows that a step is done."""
-
-    def __init__(self, run: RunDir, act: Callable[[int], None]) -> None:
-        self._run, self._act, self._done = run, act, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        seen = 0
-        while not self._done.wait(0.02):
-            finished = len(self._run.all_metrics())
-            for step in range(seen + 1, finished + 1):
-                self._act(step)
-            seen = finished
-
-    def end(self) -> None:
-        self._done.set()
-        self._thread.join()
