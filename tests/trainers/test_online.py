@@ -69,4 +69,3 @@ def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
     assert summary_b["status"] == "succeeded"
     assert summary_b["weights"] == summary["weights"]
     assert samples(run) == samples(alone)
-
