@@ -10,7 +10,7 @@ from .output import answer, notes, print_json, print_table
 from .run import JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from ..trainers.proof import Proof
+    from ..trainers.data.proof import Proof
 
 
 def check(
@@ -45,10 +45,10 @@ def check(
 
 
 def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], dict[str, list[Any]], "list[Proof]"]:
-    from ..trainers.inputs import read_inputs
+    from ..trainers.data.inputs import read_inputs
+    from ..trainers.data.prepare import prepare
+    from ..trainers.data.proof import render_mask
     from ..trainers.launch import placement
-    from ..trainers.prepare import prepare
-    from ..trainers.proof import render_mask
 
     fits = placement(config)
     prepare(config, folder)

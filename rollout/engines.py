@@ -16,7 +16,7 @@ def build_native(
     """The embedded engine on one CPU thread: with two, the same row gives other bits in another slot."""
     import torch
 
-    from .native import NativeEngine
+    from .native.engine import NativeEngine
 
     torch.set_num_threads(1)
     return NativeEngine(folder, slots=slots, max_length=max_length, dtype=dtype, device=device)

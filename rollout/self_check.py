@@ -10,7 +10,7 @@ import numpy as np
 
 from ..cluster.errors import RunFailed
 from .engine import generate
-from .native import NativeEngine
+from .native.engine import NativeEngine
 from .records import Completion, GenerationRequest, Sampling, SeedKey
 
 _LENGTHS = (3, 11, 7)

@@ -29,10 +29,10 @@ def test_the_files_it_names_exist() -> None:
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("trainers.losses", "OBJECTIVES"),
-        ("trainers.data", "_KIND_OF_STAGE"),
-        ("trainers.proof", "_encode"),
-        ("rollout.rewards", "_function"),
+        ("trainers.online.losses", "OBJECTIVES"),
+        ("trainers.data.rows", "_KIND_OF_STAGE"),
+        ("trainers.data.proof", "_encode"),
+        ("rollout.rewards.functions", "_function"),
         ("rollout.config", "RewardConfig"),
         ("rollout.engines", "ENGINES"),
         ("trainers.stages", "StageConfig"),

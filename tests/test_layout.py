@@ -14,7 +14,8 @@ ORDER = ["cluster", "rollout", "serve", "trainers", "cli"]
 
 def test_every_folder_with_code_is_a_listed_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    found = {f"raylign.{p.parent.name}" for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"}
+    folders = [p.parent.relative_to(ROOT) for folder in ORDER for p in (ROOT / folder).rglob("__init__.py")]
+    found = {".".join(("raylign", *folder.parts)) for folder in folders}
     assert set(listed["packages"]) == found | {"raylign"}
     assert set(listed["package-dir"]) == set(listed["packages"])
 
@@ -22,9 +23,10 @@ def test_every_folder_with_code_is_a_listed_package() -> None:
 @pytest.mark.parametrize("folder", ORDER)
 def test_a_folder_imports_only_those_below_it(folder: str) -> None:
     allowed = set(ORDER[: ORDER.index(folder) + 1])
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
+        depth = len(path.relative_to(ROOT).parts)
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 2:
+            if isinstance(node, ast.ImportFrom) and node.level == depth:
                 target = (node.module or "").split(".")[0]
                 assert target in allowed, f"{path.name}:{node.lineno} imports {target}"
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -42,10 +44,10 @@ LIGHT = [
     "raylign.serve.config",
     "raylign.trainers.config",
     "raylign.trainers.recipe",
-    "raylign.trainers.advantages",
+    "raylign.trainers.online.advantages",
     "raylign.trainers.schedule",
     "raylign.rollout.ledger",
-    "raylign.rollout.rewards",
+    "raylign.rollout.rewards.functions",
     "raylign.cluster.placement",
 ]
 

@@ -19,11 +19,11 @@ from ..cluster.rundir import RunDir, refuse_reserved, running_already, write_ato
 from ..cluster.session import connect, probe
 from .changes import refuse_changes
 from .config import RunConfig, stage_name
-from .inputs import Inputs, read_inputs
+from .data.inputs import Inputs, read_inputs
+from .data.prepare import prepare
+from .interrupt import StopRequested, StopSignals, stop_if_asked
 from .pipeline import check_placement, conclude, demands, run_recipe
-from .prepare import prepare
 from .recipe import dump_recipe, load_recipe
-from .stopping import StopRequested, StopSignals, stop_if_asked
 
 logger = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from ..cluster.errors import InputError
 from ..cluster.placement import Demand, Offer, plan
 from ..cluster.rundir import RunDir, read_json, write_atomically
 from .config import RunConfig, stage_name
-from .inputs import Inputs
+from .data.inputs import Inputs
+from .interrupt import StopRequested, stop_if_asked
 from .memory import PeakMemory
 from .model_state import ModelState, StageOutcome, starting_model
-from .offline import run_offline_stage
-from .online_stage import run_online_stage
+from .offline.stage import run_offline_stage
+from .online.stage import run_online_stage
 from .publish import publish, serve_and_evaluate
-from .report import write_report
+from .report.build import write_report
 from .stages import GrpoStage, StageConfig
-from .stopping import StopRequested, stop_if_asked
 from .tracking import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)

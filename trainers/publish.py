@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.rundir import RunDir
-from ..rollout.reward_process import BoundedReward
+from ..rollout.rewards.process import BoundedReward
 from ..serve import deploy
 from ..serve.registry import Registry
 from .config import EvaluationConfig, RunConfig
+from .data.inputs import Inputs
 from .evaluation import evaluate
-from .inputs import Inputs
-from .stopping import stop_if_asked
+from .interrupt import stop_if_asked
 
 if TYPE_CHECKING:
     from .pipeline import Finished

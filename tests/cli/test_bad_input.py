@@ -332,7 +332,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(raylign: Command, bench: B
 
 
 def test_what_nobody_foresaw_is_one_line_too(raylign: Command, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raylign.trainers import inputs
+    from raylign.trainers.data import inputs
 
     def defect(*_: object, **__: object) -> None:
         raise KeyError("lost")

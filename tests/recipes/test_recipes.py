@@ -11,8 +11,8 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import load_adapter
 from raylign.rollout.config import MathReward
 from raylign.rollout.records import Group, Sample
-from raylign.rollout.scorer import Scorer
-from raylign.trainers.inputs import read_inputs
+from raylign.rollout.rewards.scorer import Scorer
+from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.launch import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from raylign.cluster.errors import RunFailed
-from raylign.rollout.native import NativeEngine
+from raylign.rollout.native.engine import NativeEngine
 from raylign.rollout.self_check import check_exactness
 
 from .models import make_adapter, save_model

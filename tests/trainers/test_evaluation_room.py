@@ -7,9 +7,9 @@ from raylign.cluster.errors import InputError
 from raylign.rollout.config import MathReward
 from raylign.serve.config import ServeConfig
 from raylign.trainers.config import EvaluationConfig
-from raylign.trainers.inputs import _check_room  # pyright: ignore[reportPrivateUsage]
+from raylign.trainers.data.inputs import _check_room  # pyright: ignore[reportPrivateUsage]
+from raylign.trainers.data.template import encode_prompt, load_tokenizer
 from raylign.trainers.stages import DataConfig
-from raylign.trainers.template import encode_prompt, load_tokenizer
 
 
 def test_a_question_and_its_answer_must_fit_in_what_is_served(tiny_model: Path) -> None:

@@ -1,0 +1,208 @@
+"""A reward in a process of its own, so that one that hangs or crashes costs its time-out and nothing else.
+
+Only a process can be bounded: a thread in an endless loop, in one long operation on big integers or in a regular
+expression that backtracks cannot be stopped. The child is a fresh interpreter (no fork of a process full of threads)
+and talks over a socket pair. It ends when the socket closes; inside a call a kernel timer ends it, even when the
+parent is gone and no Python code can run.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from ...cluster.errors import InputError, RunFailed
+from ..config import MathReward, RewardConfig
+from .functions import RewardError, RewardOverrun, Row, build_reward, reward_name
+
+START_SECONDS = 120.0
+"""How long a reward's imports may take."""
+_GRACE_SECONDS = 5.0
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(int(sys.argv[2]))"
+
+
+class BoundedReward:
+    """A reward entry of a recipe, run in a child process within `timeout_seconds` a completion.
+
+    Calls from several threads are served one after the other. A child that had to be ended is replaced at the next
+    call; the time that takes does not count as the completion's. `overruns` counts them.
+
+    A math expression that cannot be evaluated in time is not shown to be equal: it scores 0 and is no error. Models do
+    write `10^{10^{10}}`, and a run must not end with it. For any other reward an overrun is an error.
+    """
+
+    def __init__(self, config: RewardConfig, root: Path) -> None:
+        self.config = config
+        self.name = reward_name(config)
+        self.weight = config.weight
+        self.overruns = 0
+        self._root = root
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+        self._ready = False
+
+    def __enter__(self) -> "BoundedReward":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start the child without waiting for it; `score` and `wait_ready` do."""
+        with self._lock:
+            self._launch()
+
+    def wait_ready(self) -> None:
+        """Wait until the reward is loaded. Raises `InputError` for an entry that does not load."""
+        with self._lock:
+            self._loaded()
+
+    def score(self, completion: str, row: Row) -> float:
+        """The unweighted score. Raises `RewardError`, and `RewardOverrun` for a time-out or a dead process."""
+        with self._lock:
+            child = self._loaded()
+            try:
+                answer = child.ask((completion, row), self.config.timeout_seconds)
+            except RewardOverrun:
+                self._drop()
+                self.overruns += 1
+                if isinstance(self.config, MathReward):
+                    return 0.0
+                raise
+        if "error" in answer:
+            raise RewardError(answer["error"])
+        return float(answer["score"])
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        with self._lock:
+            self._drop()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, or none before the first call and after `close`."""
+        return self._child.process.pid if self._child else None
+
+    def _launch(self) -> "_Child":
+        if self._child is None:
+            self._child, self._ready = _Child((self.config, self._root)), False
+        return self._child
+
+    def _loaded(self) -> "_Child":
+        child = self._launch()
+        if not self._ready:
+            answer = self._first_answer(child)
+            if "input" in answer:
+                self._drop()
+                raise InputError(answer["input"])
+            self._ready = True
+        return child
+
+    def _first_answer(self, child: "_Child") -> dict[str, Any]:
+        try:
+            return child.answer(START_SECONDS)
+        except RewardOverrun as error:
+            self._drop()
+            raise RunFailed(f"reward {self.name!r} could not be loaded: it {error}") from error
+
+    def _drop(self) -> None:
+        if self._child:
+            self._child.end()
+        self._child = None
+
+
+class _Child:
+    """One child process and the socket to it."""
+
+    def __init__(self, first: object) -> None:
+        from multiprocessing import Pipe
+
+        self.connection, theirs = Pipe()
+        boot = _BOOT.format(module=__name__)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", boot, json.dumps(sys.path), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a reward prints is no part of a command's answer
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.connection.send_bytes(pickle.dumps(first))
+
+    def ask(self, question: object, timeout: float) -> dict[str, Any]:
+        try:
+            self.connection.send_bytes(pickle.dumps(question))
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._died() from None
+        return self.answer(timeout)
+
+    def answer(self, timeout: float) -> dict[str, Any]:
+        try:
+            if not self.connection.poll(timeout):
+                raise RewardOverrun(f"took longer than {timeout:g} s")
+            return json.loads(self.connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            raise self._died() from None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+
+    def _died(self) -> RewardOverrun:
+        code = self.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return RewardOverrun(f"lost its process, which {how}")
+
+
+def serve(handle: int) -> None:
+    """The child's life: load the reward, then answer until the parent closes the socket `handle`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    connection = Connection(handle)
+    try:
+        _serve(connection)
+    except (EOFError, ConnectionResetError, BrokenPipeError):
+        # The parent is gone or has closed. Threads that a reward started must not keep this process.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _serve(connection: Connection) -> None:
+    config, root = pickle.loads(connection.recv_bytes())
+    if isinstance(config, MathReward):
+        from .math_answers import limit_memory
+
+        limit_memory()
+    try:
+        reward = build_reward(config, root)
+    except InputError as error:
+        connection.send_bytes(json.dumps({"input": str(error)}).encode())
+        return
+    _warm(config)
+    connection.send_bytes(json.dumps({"ready": True}).encode())
+    while True:
+        completion, row = pickle.loads(connection.recv_bytes())
+        _die_after(config.timeout_seconds + _GRACE_SECONDS)
+        try:
+            answer: dict[str, Any] = {"score": reward.score(completion, row)}
+        except RewardError as error:
+            answer = {"error": str(error)}
+        _die_after(0)
+        connection.send_bytes(json.dumps(answer).encode())
+
+
+def _warm(config: RewardConfig) -> None:
+    """Pay for heavy imports before the first completion's clock starts."""
+    if isinstance(config, MathReward):
+        build_reward(config, Path()).score("\\boxed{\\frac{1}{2}}", {config.answer: f"{config.answer_after or ''}0.5"})
+
+
+def _die_after(seconds: float) -> None:
+    """Have the kernel end this process then (0: never); no Python code has to run for it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)

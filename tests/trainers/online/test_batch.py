@@ -1,0 +1,22 @@
+"""Micro-batches cover every row once, within their budget."""
+
+import numpy as np
+import pytest
+from raylign.trainers.online.batch import micro_batches, pad
+
+
+def test_by_hand_longest_first() -> None:
+    # 9 alone would pad to 18 with another row; 5 + 4 pad to 10; 2 joins neither
+    assert micro_batches([4, 9, 2, 5], 10) == [[1], [3, 0], [2]]
+
+
+@pytest.mark.parametrize("budget", [1, 7, 30, 1000])
+def test_every_row_once_and_no_batch_over_its_budget(budget: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 20, size=50).tolist()
+    batches = micro_batches(lengths, budget)
+    assert sorted(i for b in batches for i in b) == list(range(50))
+    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= budget for b in batches)
+
+
+def test_pad_fills_on_the_right() -> None:
+    assert pad([np.array([1, 2]), np.array([3])], 3, fill=9).tolist() == [[1, 2, 9], [3, 9, 9]]

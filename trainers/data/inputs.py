@@ -1,0 +1,157 @@
+"""Everything a run reads, read and proven before any actor starts: model, tokenizer, rows, masks, rewards, overlap."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ...cluster.errors import InputError
+from ...rollout.chat import encode_prompt
+from ...rollout.config import MathReward, RewardConfig
+from ...rollout.rewards.functions import check_names
+from ...rollout.rewards.process import BoundedReward
+from ...serve.config import ServeConfig
+from ..adapters import check_adapter
+from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
+from ..recipe import resolve_prepared
+from ..stages import DataConfig, GrpoStage, StageConfig
+from .proof import Proof, prove_stage, refuse_overlap
+from .rows import Row, kind_of_stage, load_rows
+from .template import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class StageInput:
+    """The rows of one stage and the proof of what it trains on."""
+
+    rows: list[Row]
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a recipe reads, by stage, with the held-out rows."""
+
+    model: Path
+    tokenizer: Tokenizer
+    stages: list[StageInput]
+    evaluation: list[Row]
+
+
+def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambda _: None) -> Inputs:
+    """Read and prove everything. Raises `InputError` for the first thing that is wrong; `say` is told of progress."""
+    model = locate_model(config.model, run)
+    tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
+    _check_adapter(config, model)
+    _check_rewards(config)
+    stages = []
+    for stage in config.stages:
+        say(f"{stage_name(stage)}: reading {stage.data.path}")
+        rows = _rows(stage.data, run, stage)
+        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer)))
+    held_out = []
+    if config.evaluation:
+        say(f"evaluation: reading {config.evaluation.data.path}")
+        held_out = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
+        _check_answers(config.evaluation.rewards, held_out, config.evaluation.data.path)
+        if config.serve:
+            _check_room(config.evaluation, config.serve, held_out, tokenizer)
+        for stage, given in zip(config.stages, stages, strict=True):
+            refuse_overlap(held_out, given.rows, stage_name(stage))
+    return Inputs(model, tokenizer, stages, held_out)
+
+
+def _check_room(evaluation: EvaluationConfig, serve: ServeConfig, rows: list[Row], tokenizer: Tokenizer) -> None:
+    """Every question and its answer fit in a served row: a service would refuse the longer ones after the training."""
+    for number, row in enumerate(rows, 1):
+        where = f"{evaluation.data.path}, row {number}"
+        try:
+            tokens = len(encode_prompt(tokenizer, row["prompt"]))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if tokens + evaluation.max_tokens > serve.max_length:
+            raise InputError(
+                f"{where}: {tokens} prompt tokens and evaluation.max_tokens {evaluation.max_tokens} are more than "
+                f"serve.max_length {serve.max_length}: raise serve.max_length or lower evaluation.max_tokens"
+            )
+
+
+def locate_model(model: ModelConfig, run: Path) -> Path:
+    """The folder of a model; a hub id is fetched first. Raises `InputError` where there is neither."""
+    path = resolve_prepared(model.path, run)
+    if path.is_absolute():
+        if not path.is_dir():
+            raise InputError(f"no model folder at {path}{_nearest(path)}")
+    else:
+        path = _fetch(model.path)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    if model.init == "pretrained" and not list(path.glob("*.safetensors")):
+        raise InputError(f"{path} has no *.safetensors: save the model there, or set model.init: random")
+    return path
+
+
+def _nearest(path: Path) -> str:
+    """`: did you mean x?`, where a name beside the missing path is close to it."""
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, beside, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _check_adapter(config: RunConfig, model: Path) -> None:
+    """The adapter a recipe starts from is for this model; a recipe may name one in its first stage only."""
+    lora = getattr(config.stages[0], "adapter", None)
+    if lora is None or lora.path is None:
+        return
+    folder, where = Path(lora.path), "stages.0.adapter.path"
+    if not folder.is_dir():
+        raise InputError(f"{where}: no adapter folder at {folder}{_nearest(folder)}")
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{where}: {folder} has no adapter_config.json: save the adapter there with save_pretrained")
+    try:
+        check_adapter(folder, model)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{where}: {folder} cannot be read: {error}") from None
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {hub_id!r} is no folder here and cannot be fetched from the hub: {reason}") from None
+
+
+def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
+    rows = load_rows(data, resolve_prepared(data.path, run), kind=kind_of_stage(stage))
+    if isinstance(stage, GrpoStage):
+        _check_answers(stage.rewards, rows, data.path)
+    return rows
+
+
+def _check_rewards(config: RunConfig) -> None:
+    """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us."""
+    lists = [s.rewards for s in config.stages if isinstance(s, GrpoStage)]
+    lists += [config.evaluation.rewards] if config.evaluation else []
+    for rewards in lists:
+        check_names(rewards)
+        for reward in rewards:
+            with BoundedReward(reward, Path("/")) as bounded:
+                bounded.wait_ready()
+
+
+def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> None:
+    for reward in rewards:
+        if not isinstance(reward, MathReward):
+            continue
+        for number, row in enumerate(rows, 1):
+            if reward.answer not in row:
+                raise InputError(f"{path}, row {number}: the math reward's column {reward.answer!r} is missing")

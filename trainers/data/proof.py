@@ -1,0 +1,198 @@
+"""What a stage would train on, proven before any actor starts: counts, refusals, masks, and overlap with evaluation."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...cluster.errors import InputError
+from ..config import stage_name
+from ..stages import CptStage, DpoStage, GrpoStage, SftStage, StageConfig
+from .rows import Row
+from .template import (
+    IGNORED,
+    Encoded,
+    EncodedPair,
+    Tokenizer,
+    encode_conversation,
+    encode_pair,
+    encode_prompt,
+    encode_text,
+    stop_tokens,
+)
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+EncodedRow = Encoded | EncodedPair
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that cannot be trained on; rows count from 1."""
+
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The encoded rows of one stage and what is wrong with the others; lengths are in tokens."""
+
+    stage: str
+    rows: int
+    encoded: tuple[EncodedRow, ...]
+    refusals: tuple[Refusal, ...]
+    tokens: int
+    supervised: int
+    longest: int
+    cut: int
+    """Rows that `truncate` shortened."""
+    path: str
+    """The data file, as the recipe has it."""
+
+    def require(self) -> tuple[EncodedRow, ...]:
+        """The encoded rows. Raises `InputError` with the first refusal if there is any."""
+        if self.refusals:
+            first = self.refusals[0]
+            more = f" (and {len(self.refusals) - 1} more rows are refused)" if len(self.refusals) > 1 else ""
+            raise InputError(f"{self.path}: stage {self.stage}, data row {first.row}: {first.reason}{more}")
+        return self.encoded
+
+    def facts(self) -> dict[str, object]:
+        """The proof as JSON: counts, and each refusal with its row."""
+        return {
+            "stage": self.stage,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "longest": self.longest,
+            "cut": self.cut,
+            "refused": len(self.refusals),
+            "refusals": [{"row": r.row, "reason": r.reason} for r in self.refusals[:20]],
+        }
+
+
+def prove_stage(stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer) -> Proof:
+    """Encode every row as the stage will train on it (`grpo`: the prompts, of which no token is supervised)."""
+    stops = stop_tokens(tokenizer)
+    encoded: list[EncodedRow] = []
+    refusals: list[Refusal] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            encoded.append(_encode(stage, row, tokenizer, stops))
+        except InputError as error:
+            refusals.append(Refusal(number, str(error)))
+    lengths = [_lengths(e) for e in encoded]
+    return Proof(
+        stage=stage_name(stage),
+        rows=len(rows),
+        encoded=tuple(encoded),
+        refusals=tuple(refusals),
+        tokens=sum(tokens for tokens, _, _ in lengths),
+        supervised=sum(supervised for _, supervised, _ in lengths),
+        longest=max((longest for _, _, longest in lengths), default=0),
+        cut=sum(e.cut for e in encoded),
+        path=stage.data.path,
+    )
+
+
+def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset[int]) -> Encoded | EncodedPair:
+    match stage:
+        case CptStage():
+            return encode_text(tokenizer, row["text"], stage.max_length, truncate=stage.truncate)
+        case SftStage():
+            limit, cut = stage.max_length, stage.truncate
+            return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops)
+        case DpoStage():
+            pair = (row["prompt"], row["chosen"], row["rejected"])
+            return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)
+        case GrpoStage():
+            return _encode_rl_prompt(stage, row, tokenizer)
+
+
+def _encode_rl_prompt(stage: GrpoStage, row: Row, tokenizer: Tokenizer) -> Encoded:
+    ids = encode_prompt(tokenizer, row["prompt"])
+    limit = stage.rollout.max_prompt_tokens
+    if len(ids) > limit:
+        raise InputError(f"{len(ids)} tokens, more than rollout.max_prompt_tokens {limit}: raise it or drop the row")
+    return Encoded(ids, [IGNORED] * len(ids), ())
+
+
+def _lengths(encoded: EncodedRow) -> tuple[int, int, int]:
+    """Tokens a step reads, tokens it is trained on, and the longest sequence of one row."""
+    if isinstance(encoded, Encoded):
+        return len(encoded.input_ids), encoded.supervised, len(encoded.input_ids)
+    prompt, chosen, rejected = len(encoded.prompt_ids), len(encoded.chosen_ids), len(encoded.rejected_ids)
+    return 2 * prompt + chosen + rejected, chosen + rejected, prompt + max(chosen, rejected)
+
+
+# ---- the mask in colour
+
+SUPERVISED, MASKED = ("bold green", "bold cyan"), ("dim", "dim italic")
+"""Styles of tokens that count and that do not; each pair alternates, so that token borders show."""
+
+
+def render_mask(encoded: EncodedRow, tokenizer: Tokenizer) -> "Text":
+    """The row token by token: what the loss counts in bold colour, the rest dim, line breaks drawn as ⏎."""
+    from rich.text import Text
+
+    if isinstance(encoded, Encoded):
+        return _coloured(encoded.input_ids, encoded.labels, tokenizer)
+    text = Text()
+    for name, answer in (("chosen", encoded.chosen_ids), ("rejected", encoded.rejected_ids)):
+        text.append(f"{name}: ", "bold")
+        ids = [*encoded.prompt_ids, *answer]
+        text.append_text(_coloured(ids, [IGNORED] * len(encoded.prompt_ids) + answer, tokenizer)).append("\n")
+    return text
+
+
+def _coloured(ids: list[int], labels: list[int], tokenizer: Tokenizer) -> "Text":
+    from rich.text import Text
+
+    text = Text()
+    for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        styles = MASKED if label == IGNORED else SUPERVISED
+        text.append(tokenizer.decode([token]).replace("\n", "⏎\n"), styles[position % 2])
+    return text
+
+
+# ---- evaluation against training
+
+
+def overlap(evaluation: Sequence[Row], training: Iterable[Row]) -> list[str]:
+    """Evaluation prompts (their last user message) that training rows of any kind hold.
+
+    In conversations, pairs and prompts a user message must be the same text; in plain text it must stand
+    there with no letter or digit against it.
+    """
+    asked: set[str] = set()
+    texts: list[str] = []
+    for row in training:
+        if "text" in row:
+            texts.append(row["text"])
+        for message in [*row.get("messages", ()), *row.get("prompt", ())]:
+            if message["role"] == "user":
+                asked.add(message["content"].strip())
+    corpus = "\0".join(texts)
+    return [p for p in dict.fromkeys(map(_question, evaluation)) if p in asked or _stands_in(p, corpus)]
+
+
+def refuse_overlap(evaluation: Sequence[Row], training: Iterable[Row], stage: str) -> None:
+    """Raise `InputError` where a stage trains on what the evaluation asks."""
+    found = overlap(evaluation, training)
+    if found:
+        raise InputError(
+            f"stage {stage} trains on {len(found)} of the evaluation's prompts, the first is {found[0][:80]!r}: "
+            "take them out of the one or the other, or the accuracy says nothing"
+        )
+
+
+def _question(row: Row) -> str:
+    return next((m["content"].strip() for m in reversed(row["prompt"]) if m["role"] == "user"), "")
+
+
+def _stands_in(prompt: str, corpus: str) -> bool:
+    if not prompt or prompt not in corpus:
+        return False
+    return re.search(rf"(?<!\w){re.escape(prompt)}(?!\w)", corpus) is not None

@@ -1,0 +1,153 @@
+"""One data-parallel training worker of an offline stage, inside Ray Train.
+
+Every worker sees all rows in the order of the whole run and takes its share of each step, so that the samples of a step
+do not depend on the number of workers, and a resume finds its place by counting.
+"""
+
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...cluster.rundir import RunDir
+from ...cluster.weights import base_digest, save_adapter
+from ..adapters import export_weights, open_model, random_model, save_model
+from ..stages import CptStage
+from .manifests import newest_valid, step_of
+from .stage import TrainJob, not_begun, row_order
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import torch
+    from datasets import Dataset
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each worker: train the job's stage, write its outcome, return where it lies.
+
+    `config` holds the `TrainJob` as `job` and a reference to the table of rows as `rows`.
+    """
+    import ray
+    import torch
+    from ray.train import get_context
+
+    job: TrainJob = config["job"]
+    began = time.time()
+    torch.set_num_threads(max(1, int(job.stage.resources.cpus)))
+    run, rank = RunDir(job.run_dir), get_context().get_world_rank()
+    run.event("worker", role="train", stage=job.name, rank=rank, pid=os.getpid(), node=socket.gethostname())
+    with tempfile.TemporaryDirectory(prefix="raylign-train-") as scratch:
+        made = _train(job, ray.get(config["rows"]), run, rank, Path(scratch))
+    run.span(f"train-{rank}", job.name, began, time.time())
+    return made
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and notices, one a checkpoint or import, out of the run's log."""
+    import logging
+    import warnings
+
+    from ray.train.v2._internal.execution import context
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)  # Ray names this logger by its file
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _train(job: TrainJob, rows: "pa.Table", run: RunDir, rank: int, scratch: Path) -> dict[str, Any]:
+    _quiet()
+    checkpoint = _checkpoint(run, rank)
+    at = step_of(checkpoint) if checkpoint else 0
+    if _stop_asked(job, run, rank):
+        return not_begun(job, at)
+    from .hf_trainer import make_trainer
+    from .progress import Progress
+
+    order = row_order(job.seed, rows.num_rows, job.stage.batch_size, job.steps)
+    trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)
+    progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps))
+    trainer.add_callback(progress)
+    if _stop_asked(job, run, rank):
+        return not_begun(job, at)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step, adapter = int(trainer.state.global_step), job.adapter and str(job.adapter)
+    made: dict[str, Any] = {"base": str(job.base), "adapter": adapter, "step": step, "error": progress.error}
+    made["stopped"] = step < job.steps and not progress.error
+    if rank == 0 and step == job.steps and not progress.error:
+        made |= _write_outcome(job, trainer.model)
+    return made
+
+
+def _checkpoint(run: RunDir, rank: int) -> Path | None:
+    """The newest checkpoint whose files are as they were written, if there is one."""
+    from ray.train import get_checkpoint
+
+    newest = get_checkpoint()
+    if newest is None:
+        return None
+    found, refused = newest_valid(Path(newest.path))
+    for name in refused if rank == 0 else ():
+        run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
+    return found
+
+
+def _stop_asked(job: TrainJob, run: RunDir, rank: int) -> bool:
+    """Whether the run is asked to stop before its next step; all ranks must ask at the same place."""
+    from ray.train.torch import get_device
+
+    return agreed(rank == 0 and bool(run.desired().get("stop")), job.stage.workers, get_device())
+
+
+def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
+    """Whether any rank wants to stop; a collective, so that all do at the same step."""
+    import torch
+
+    if workers == 1:
+        return stop
+    flag = torch.tensor([int(stop)], device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
+
+
+def _model(job: TrainJob) -> Any:
+    if job.init_random:
+        return random_model(job.base, seed=job.seed)
+    lora = None if isinstance(job.stage, CptStage) else job.stage.adapter
+    return open_model(job.base, job.adapter, lora, seed=job.seed)
+
+
+def _write_outcome(job: TrainJob, model: Any) -> dict[str, str]:
+    """Save what the stage made: an adapter under its digest, or a model folder."""
+    tensors, config = export_weights(model)
+    if not config:
+        return {"base": str(save_model(model, job.base, job.model_out))}
+    provenance = {"base_digest": base_digest(job.base), "stage": job.name, "steps": job.steps, "seed": job.seed}
+    _, folder = save_adapter(job.run_dir / "adapters", tensors, config, provenance)
+    return {"adapter": str(folder)}
+
+
+def _in_order(rows: "pa.Table", order: list[int]) -> "Dataset":
+    """The rows of all steps, one after the other."""
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    # Given fingerprints: datasets would hash the whole table for its cache, which nothing here uses.
+    dataset = Dataset(InMemoryTable(rows), fingerprint="rows")
+    return dataset.select(order, new_fingerprint="rows-in-order")
+
+
+def _tokens_of_steps(rows: "pa.Table", order: list[int], steps: int) -> list[int]:
+    """Tokens each step reads; a pair's prompt is read twice."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    lengths = {n: np.asarray(pc.call_function("list_value_length", [rows[n]])) for n in rows.column_names}
+    if "input_ids" in lengths:
+        each = lengths["input_ids"]
+    else:
+        each = 2 * lengths["prompt_ids"] + lengths["chosen_ids"] + lengths["rejected_ids"]
+    return each.astype(np.int64)[order].reshape(steps, -1).sum(axis=1).tolist()

@@ -1,0 +1,299 @@
+"""The online loop, written once: sample → score → advantage → update → publish.
+
+The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `reward`, `rollout`), the pool
+gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
+
+A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
+lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
+of a checkpoint agree; those waits end by their time-outs.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cluster.errors import RaylignError, RunFailed
+from ...cluster.rundir import RunDir
+from ...cluster.weights import WeightStore, WeightVersion
+from ...rollout.ledger import GroupState, Ledger
+from ...rollout.pool import RolloutPool
+from ...rollout.records import Group
+from ..interrupt import StopRequested, stop_if_asked
+from ..schedule import prompts_of_step
+from ..stages import GrpoStage
+from .advantages import group_advantages
+from .batch import TrainSample
+from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
+from .metrics import rollout_metrics, spans_by_worker
+from .roles import Roles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A row of the data with its prompt's token ids `[P]`."""
+
+    ids: np.ndarray
+    row: dict[str, Any]
+
+
+class OnlineLoop:
+    """Trains one stage; `run` returns the finished steps, `stopped` says whether it was asked to end early."""
+
+    def __init__(
+        self,
+        stage: GrpoStage,
+        name: str,
+        *,
+        prompts: Sequence[Prompt],
+        roles: Roles,
+        pool: RolloutPool,
+        run: RunDir,
+        checkpoints: Path,
+        seed: int,
+        on_metrics: Callable[[int, dict[str, float]], None],
+    ) -> None:
+        self._stage, self._name, self._prompts = stage, name, prompts
+        self._roles, self._pool, self._run = roles, pool, run
+        self._checkpoints, self._seed, self._on_metrics = checkpoints, seed, on_metrics
+        self._weights = WeightStore()
+        self._ledger = Ledger(0, 0)
+        self._phases: dict[str, float] = {}
+        self._last_tick = 0.0
+        self._saved: int | None = None
+        self._begun = False
+        self.step = 0
+        self.stopped = False
+        self.last_metrics: dict[str, float] = {}
+        self.workers_seen = (pool.target, pool.target)
+
+    @property
+    def weights(self) -> WeightVersion:
+        """The version published last. Raises `RunFailed` before the first."""
+        return self._weights.current
+
+    @property
+    def version(self) -> int:
+        """The number of the version published last; 0 before the first."""
+        return self._weights.current.version if self._begun else 0
+
+    def run(self) -> None:
+        """Start the roles and go on from the last checkpoint, if any, to the last step or until asked to stop.
+
+        What ends it early says which checkpoint `raylign resume` goes on from.
+        """
+        try:
+            self._roles.start(tick=self._tick)
+            self._restore()
+            self._pool.start(self._weights.current, tick=self._tick)
+            while self.step < self._stage.steps:
+                self._follow()
+                self._train_step(self.step)
+                self.step += 1
+                if self._checkpoint_due():
+                    self._checkpoint()
+        except StopRequested:
+            self.stopped = True
+            if self._begun:
+                self._checkpoint()
+        except RaylignError as error:
+            raise type(error)(f"{error}; {self._way_on()}") from error
+
+    def _way_on(self) -> str:
+        if self._saved is None:
+            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.argument}` begins it again"
+        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.argument}` goes on from it"
+
+    def _train_step(self, step: int) -> None:
+        self._phases = {}
+        groups = self._sample(step)
+        groups = self._score(groups)
+        groups = self._reference(groups) if self._stage.kl else groups
+        samples, varies = self._advantage(groups)
+        learned = self._update(samples, step)
+        self._publish(step + 1, changed=bool(learned.pop("updated")))
+        self._ledger.trained()
+        self._record(step, groups, varies, learned)
+
+    def _sample(self, step: int) -> list[Group]:
+        """The step's groups, generated, in ledger order."""
+        with self._phase("generate"):
+            per_step = self._stage.batch_size // self._stage.rollout.group_size
+            rows = prompts_of_step(self._seed, len(self._prompts), per_step, step)
+            tasks = [
+                Group(step=step, index=i, prompt=self._prompts[row].ids, row=self._prompts[row].row)
+                for i, row in enumerate(rows)
+            ]
+            self._ledger = Ledger(step, len(tasks))
+            for _ in self._pool.generate(tasks, self._ledger, tick=self._tick):
+                self._tick()
+        groups = self._ledger.batch()
+        for worker, (start, end) in spans_by_worker(groups).items():
+            self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
+        return groups
+
+    def _score(self, groups: list[Group]) -> list[Group]:
+        """The groups with rewards; those that could not be scored are left out and counted."""
+        with self._phase("score", lane="reward-0"):
+            for group in self._roles.score(groups, tick=self._tick):
+                self._ledger.scored(group)
+                self._tick()
+        return self._ledger.batch()
+
+    def _reference(self, groups: list[Group]) -> list[Group]:
+        """The groups with the reference's log-probs of every sample."""
+        with self._phase("reference", lane="reference"):
+            samples = [self._train_sample(g, i, 0.0) for g in groups for i in range(len(g.samples))]
+            logprobs = iter(self._roles.reference_logprobs(samples, tick=self._tick))
+            return [replace(g, samples=tuple(replace(s, reference=next(logprobs)) for s in g.samples)) for g in groups]
+
+    def _advantage(self, groups: list[Group]) -> tuple[list[TrainSample], np.ndarray]:
+        """What the update trains on: samples of the groups that vary and have no error; and which vary, `[N]`."""
+        sound = [g for g in groups if not g.error]
+        if not sound:
+            return [], np.zeros(0, bool)
+        rewards = np.array([[s.reward for s in g.samples] for g in sound], np.float64)
+        advantages, varies = group_advantages(rewards, self._stage.advantage_scale)
+        samples = [
+            self._train_sample(group, i, float(advantages[n, i]))
+            for n, group in enumerate(sound)
+            if varies[n]
+            for i in range(len(group.samples))
+        ]
+        return samples, varies
+
+    def _update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
+        with self._phase("update", lane="policy-0"):
+            return self._roles.update(samples, step)
+
+    def _publish(self, version: int, *, changed: bool) -> None:
+        """Make the policy's weights the next version and have every rollout worker prove that it holds them."""
+        with self._phase("publish", lane="policy-0"):
+            self._weights.publish(self._roles.publish(version), changed=changed)
+            self._pool.set_weights(self._weights.current)
+
+    def _record(self, step: int, groups: list[Group], varies: np.ndarray, learned: dict[str, float]) -> None:
+        sound = [g for g in groups if not g.error]
+        seconds = sum(self._phases.values())
+        metrics = (rollout_metrics(sound, varies) if sound else {}) | learned | self._roles.scoring_troubles()
+        metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
+        metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
+        metrics["groups/error"] = float(len(groups) - len(sound))
+        metrics["version"] = float(self._weights.current.version)
+        metrics["workers/rollout"] = float(self._pool.size)
+        low, high = self.workers_seen
+        self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
+        self.last_metrics = metrics
+        self._run.metrics(self._name, step, metrics)
+        self._roles.write_samples(step, groups)
+        self._say(step + 1)
+        self._on_metrics(step, metrics)
+
+    def _restore(self) -> None:
+        checkpoint, broken = latest_checkpoint(self._checkpoints)
+        for name in broken:
+            self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
+        if checkpoint:
+            self.step = self._saved = checkpoint.step
+            self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
+            self._roles.load(checkpoint.path)
+        published = self._weights.publish(self._roles.publish(self.step), changed=False)
+        if checkpoint:
+            self._refuse_another(checkpoint, digest=published.digest)
+            self._run.event("resumed", stage=self._name, step=checkpoint.step)
+        self._begun = True
+
+    def _refuse_another(self, checkpoint: Checkpoint, **now: object) -> None:
+        """Raise `RunFailed` where a checkpoint's facts differ from those of this run: going on would mix two runs."""
+        for key, value in now.items():
+            before = checkpoint.state.get(key)
+            if before != value:
+                raise RunFailed(
+                    f"checkpoint {checkpoint.path} was made with {key} {before!r}, and this run has {value!r}: put "
+                    "model, data and seed back as they were, or begin another run with --name"
+                )
+
+    def _checkpoint_due(self) -> bool:
+        every = self._stage.checkpoint_every or max(1, self._stage.steps // 10)
+        return self.step % every == 0 or self.step == self._stage.steps
+
+    def _checkpoint(self) -> None:
+        """Save the step, unless it is saved already."""
+        if self._saved == self.step:
+            return
+        current = self._weights.current
+        state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
+        state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
+        write_checkpoint(self._checkpoints, self.step, state, self._roles.save)
+        self._saved = self.step
+        self._run.event("checkpoint", stage=self._name, step=self.step)
+
+    def _train_sample(self, group: Group, i: int, advantage: float) -> TrainSample:
+        sample = group.samples[i]
+        return TrainSample(
+            prompt=group.prompt,
+            tokens=sample.tokens,
+            behaviour=sample.logprobs,
+            advantage=advantage,
+            reference=sample.reference,
+        )
+
+    def _tick(self) -> None:
+        """At most twice a second: follow what users ask for and say where the run is. Raises `StopRequested`.
+
+        Before the first weights there is nothing to scale and nothing to say.
+        """
+        if time.monotonic() - self._last_tick < 0.5:
+            return
+        self._last_tick = time.monotonic()
+        if not self._begun:
+            stop_if_asked(self._run)
+            return
+        self._follow()
+        self._say(self.step)
+
+    def _follow(self) -> None:
+        """Do what users ask for: stop or scale; every step begins with it. Raises `StopRequested`."""
+        stop_if_asked(self._run)
+        wanted = self._run.desired().get("rollout")
+        if wanted and wanted != self._pool.target:
+            before = self._pool.target
+            if self._pool.scale(wanted) != before:
+                self._run.event("scaled", before=before, after=self._pool.target)
+        self._pool.advance()
+
+    def _say(self, step: int) -> None:
+        workers = {"rollout": self._pool.size} | self._roles.counts()
+        self._run.update_status(
+            stage=self._name,
+            step=step,
+            steps=self._stage.steps,
+            workers=workers,
+            wanted={"rollout": self._pool.target},
+            groups=self._ledger.counts() if not self._ledger.complete(GroupState.TRAINED) else {},
+            metrics={k: v for k, v in self.last_metrics.items() if k in ("reward/mean", "kl", "entropy", "loss")},
+        )
+
+    def _phase(self, name: str, lane: str | None = None) -> "_Phase":
+        return _Phase(self, name, lane)
+
+
+class _Phase:
+    """Times a phase of a step, and notes it as a span of the lane that works in it."""
+
+    def __init__(self, loop: OnlineLoop, name: str, lane: str | None) -> None:
+        self._loop, self._name, self._lane = loop, name, lane
+
+    def __enter__(self) -> None:
+        self._start = time.time()
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is not None:
+            return
+        end = time.time()
+        self._loop._phases[self._name] = end - self._start
+        if self._lane:
+            self._loop._run.span(self._lane, self._name, self._start, end, step=self._loop.step)

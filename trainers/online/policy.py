@@ -1,0 +1,219 @@
+"""The policy and reference roles: plain classes around a model, and their Ray shells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cluster.errors import RunFailed
+from ...cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_digest
+from ..schedule import learning_rate
+from ..stages import GrpoStage
+from .batch import TrainSample, micro_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """What a policy or reference is built from: a base folder, the adapter it goes on from, and the stage."""
+
+    base: Path
+    base_digest: str
+    adapter: Path | None
+    stage: GrpoStage
+    seed: int
+    dtype: str
+
+
+class Policy:
+    """The model that learns. One rank; CPU or GPU.
+
+    It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
+    sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        import torch
+        from torch import nn
+
+        from ..adapters import open_model
+
+        torch.set_num_threads(1)
+        self._spec = spec
+        self._device = _device(spec.stage.policy.gpus)
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
+        self._model: nn.Module = nn.Module.to(model, self._device).eval()
+        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(),
+            lr=spec.stage.learning_rate,
+            betas=spec.stage.betas,
+            weight_decay=spec.stage.weight_decay,
+        )
+
+    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+        """One optimizer step on all samples. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
+
+        Metrics are means over the step's completion tokens; `updated` says whether the weights moved.
+        """
+        import torch
+
+        if not samples:
+            return {"updated": 0.0}
+        stage = self._spec.stage
+        rate = learning_rate(stage, step, stage.steps)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        metrics = self._backward(samples)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), stage.max_grad_norm).item()
+        if not np.isfinite(norm):
+            raise RunFailed(
+                f"step {step}: the gradient is {norm} (loss {metrics['loss']:.4g}): lower stages learning_rate "
+                f"(now {stage.learning_rate:g}) or look at this step's rewards"
+            )
+        self._optimizer.step()
+        return metrics | {"grad_norm": norm, "learning_rate": rate, "updated": float(norm > 0 and rate > 0)}
+
+    def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
+        from .losses import OBJECTIVES, Clip, policy_loss
+        from .scoring_model import align, completion_logprobs
+
+        stage = self._spec.stage
+        total = sum(len(s.tokens) for s in samples)
+        sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0}
+        largest = 0.0
+        for rows in micro_batches([s.length for s in samples], stage.micro_batch_tokens):
+            batch = align([samples[i] for i in rows], self._device)
+            logprobs_BK, entropy_BK = completion_logprobs(self._model, batch, stage.rollout.sampling.temperature)
+            old_BK = logprobs_BK.detach()  # one update per batch: the policy before it is the policy itself
+            loss, metrics = policy_loss(
+                OBJECTIVES[stage.loss],
+                logprobs_BK,
+                old_BK,
+                batch.behaviour_BK,
+                batch.reference_BK,
+                batch.advantages_B,
+                batch.mask_BK,
+                total_tokens=total,
+                clip=Clip(stage.clip.low, stage.clip.high, stage.clip.dual),
+                mismatch_cap=stage.mismatch_cap,
+                kl=(stage.kl.coefficient, stage.kl.estimator) if stage.kl else None,
+            )
+            loss.backward()
+            metrics |= {"loss": loss.item() * total, "entropy": entropy_BK[batch.mask_BK > 0].sum().item()}
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value
+            gaps = (old_BK - batch.behaviour_BK).abs()[batch.mask_BK > 0]
+            largest = max(largest, *gaps.tolist())
+        return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
+
+    def export(self) -> tuple[Tensors, dict[str, Any], str]:
+        """What rollouts need: adapter tensors and PEFT config (or all tensors and `{}`), and their digest."""
+        from ..adapters import export_weights
+
+        tensors, config = export_weights(self._model)
+        digest = adapter_digest(tensors, config, self._spec.base_digest) if config else tensors_digest(tensors)
+        return tensors, config, digest
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state as safetensors."""
+        from safetensors.torch import save_file
+
+        weights = {n: p.detach().contiguous().cpu() for n, p in self._trained.items()}
+        save_file(weights, folder / "policy.safetensors")
+        moments = {}
+        for name, parameter in self._trained.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                moments[f"{name}/{key}"] = value.contiguous().cpu()
+        save_file(moments, folder / "optimizer.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
+        import torch
+        from safetensors.torch import load_file
+
+        weights = load_file(folder / "policy.safetensors")
+        shapes = {n: tuple(w.shape) for n, w in weights.items()}
+        if shapes != {n: tuple(p.shape) for n, p in self._trained.items()}:
+            raise RunFailed(
+                f"{folder} is a checkpoint of another adapter or model: its tensors have other names or shapes"
+            )
+        moments = load_file(folder / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(weights[name])
+                prefix = f"{name}/"
+                state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
+                if state:
+                    self._optimizer.state[parameter] = {
+                        k: v if k == "step" else v.to(self._device) for k, v in state.items()
+                    }
+
+
+class Reference:
+    """The policy as it stood when the stage began; gives log-probs and never learns."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        import torch
+        from torch import nn
+
+        from ..adapters import open_model
+
+        torch.set_num_threads(1)
+        self._spec = spec
+        self._device = _device(spec.stage.reference.gpus)
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
+        self._model: nn.Module = nn.Module.to(model, self._device).eval()
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Log-probs `[T]` of each completion under the reference."""
+        from .scoring_model import logprobs_of
+
+        stage = self._spec.stage
+        return logprobs_of(
+            self._model, samples, stage.rollout.sampling.temperature, stage.micro_batch_tokens, self._device
+        )
+
+
+def _device(gpus: float) -> str:
+    import torch
+
+    return "cuda" if gpus and torch.cuda.is_available() else "cpu"
+
+
+class PolicyActor:
+    """The Ray shell of a `Policy`: publishes through the object store."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self._policy, self._base = Policy(spec), spec.base_digest
+
+    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+        """One optimizer step."""
+        return self._policy.update(samples, step)
+
+    def publish(self, version: int) -> WeightVersion:
+        """Put the weights into the object store once, as numpy views that readers share without a copy."""
+        import ray
+
+        tensors, config, digest = self._policy.export()
+        return WeightVersion(version=version, digest=digest, ref=ray.put(tensors), config=config, base=self._base)
+
+    def save(self, folder: Path) -> None:
+        """Write the training state into a folder on the run's storage."""
+        self._policy.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self._policy.load(folder)
+
+
+class ReferenceActor:
+    """The Ray shell of a `Reference`."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self._reference = Reference(spec)
+
+    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Log-probs `[T]` of each completion under the reference."""
+        return self._reference.logprobs(samples)

@@ -1,0 +1,108 @@
+"""An online stage from the model it starts with to the model it leaves: actors up, loop, actors down."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import numpy as np
+
+from ...cluster import calls
+from ...cluster.rundir import RunDir
+from ...cluster.weights import base_digest, save_adapter
+from ...rollout.pool import RolloutPool
+from ...rollout.worker import WorkerSpec
+from ..adapters import open_base, save_model
+from ..config import RunConfig, stage_name
+from ..data.inputs import StageInput
+from ..data.template import Encoded, Tokenizer, stop_tokens
+from ..model_state import ModelState, StageOutcome
+from ..stages import GrpoStage
+from .loop import OnlineLoop, Prompt
+from .policy import PolicySpec
+from .roles import Roles
+
+
+def run_online_stage(
+    config: RunConfig,
+    stage: GrpoStage,
+    index: int,
+    model: ModelState,
+    given: StageInput,
+    tokenizer: Tokenizer,
+    run: RunDir,
+    on_metrics: Callable[[int, dict[str, float]], None],
+) -> StageOutcome:
+    """Train with separate policy, reference, reward and rollout actors; ends them whatever happens.
+
+    `model` is what `starting_model` gave.
+    """
+    began = time.time()
+    name = stage_name(stage)
+    digest = base_digest(model.base)
+    spec = PolicySpec(
+        base=model.base,
+        base_digest=digest,
+        adapter=model.adapter,
+        stage=stage,
+        seed=config.seed,
+        dtype=config.model.dtype,
+    )
+    worker = WorkerSpec(
+        base=model.base,
+        dtype=config.model.dtype,
+        config=stage.rollout,
+        seed=config.seed,
+        max_length=stage.rollout.max_prompt_tokens + stage.rollout.sampling.max_tokens,
+        stop_token_ids=tuple(sorted(stop_tokens(tokenizer))),
+    )
+    prefix = f"{run.name}/{name}/"
+    wait = config.cluster.wait_seconds
+    roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait)
+    pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event)
+    loop = OnlineLoop(
+        stage,
+        name,
+        prompts=_prompts(given),
+        roles=roles,
+        pool=pool,
+        run=run,
+        checkpoints=run / "checkpoints" / f"{index}-{name}",
+        seed=config.seed,
+        on_metrics=on_metrics,
+    )
+    with ExitStack() as actors:
+        actors.callback(roles.close)
+        actors.callback(pool.close)
+        loop.run()
+        left = model if loop.stopped else _keep(loop, model, run, index, stage, digest)
+    return StageOutcome(
+        model=left,
+        metrics=loop.last_metrics,
+        steps=loop.step,
+        seconds=time.time() - began,
+        stopped=loop.stopped,
+        restarts=pool.restarts,
+        version=loop.version,
+        workers=loop.workers_seen,
+    )
+
+
+def _prompts(given: StageInput) -> list[Prompt]:
+    """The proven prompts with their rows; their tokens are those of the proof."""
+    proven = zip(given.proof.require(), given.rows, strict=True)
+    return [Prompt(ids=np.array(e.input_ids, np.int32), row=row) for e, row in proven if isinstance(e, Encoded)]
+
+
+def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: GrpoStage, digest: str) -> ModelState:
+    """The last published weights as a folder: an adapter under its digest, or a whole model."""
+    weights, name = loop.weights, stage_name(stage)
+    tensors = calls.get(weights.ref, actor="the object store", what="the last weights", timeout=stage.timeout_seconds)
+    provenance = {"base_digest": digest, "run": run.name, "stage": name, "steps": loop.step}
+    if weights.config:
+        _, folder = save_adapter(run / "adapters", tensors, weights.config, provenance)
+        return ModelState(model.base, folder)
+    import torch
+
+    whole = open_base(model.base)
+    whole.load_state_dict({key: torch.from_numpy(array) for key, array in tensors.items()})
+    return ModelState(save_model(whole, model.base, run / "models" / f"{index}-{name}"))
