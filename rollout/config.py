@@ -15,6 +15,8 @@ class SamplingConfig(Config):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
     """0 keeps every token."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Keeps tokens at least this fraction as likely as the likeliest; 0 keeps every token."""
     max_tokens: int = Field(default=256, ge=1)
 
 

@@ -1,12 +1,14 @@
 """The engine protocol: what generates tokens, for rollout and for serving alike."""
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from ..cluster.errors import RunFailed
-from .records import Completion, FinishReason, GenerationRequest
+from ..cluster.errors import InputError, RunFailed
+from .records import MAX_TOP_LOGPROBS, Completion, FinishReason, GenerationRequest, Sampling, TopLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,64 @@ class TokenEvent:
     token: int
     logprob: float
     finish_reason: FinishReason | None
+    top: TopLogprobs | None = None
+    """`[n]`, where the request asked for `n` top log-probs."""
+
+
+def completion_of(events: Sequence[TokenEvent]) -> Completion:
+    """What the events of one row, from its first token to its last, add up to."""
+    finish_reason = events[-1].finish_reason
+    assert finish_reason, "the row goes on"
+    tops = [event.top for event in events if event.top]
+    return Completion(
+        tokens=np.array([event.token for event in events], np.int32),
+        logprobs=np.array([event.logprob for event in events], np.float32),
+        finish_reason=finish_reason,
+        top=TopLogprobs(np.stack([top.ids for top in tops]), np.stack([top.logprobs for top in tops]))
+        if tops
+        else None,
+    )
+
+
+def check_request(
+    request: GenerationRequest,
+    *,
+    running: Collection[str],
+    vocabulary: int,
+    max_length: int,
+    adapters: Collection[str],
+) -> None:
+    """What every engine refuses before it takes a request: raises `InputError` with what is wrong and its value."""
+    name, prompt, sampling = request.request_id, request.prompt, request.sampling
+    if name in running:
+        raise InputError(f"request {name!r} is already running")
+    if prompt.ndim != 1 or not len(prompt):
+        raise InputError(f"request {name!r} has an empty prompt")
+    if prompt.min() < 0 or prompt.max() >= vocabulary:
+        raise InputError(f"request {name!r} has token ids outside of 0 … {vocabulary - 1}")
+    if request.n < 1 or sampling.max_tokens < 1:
+        raise InputError(f"request {name!r} asks for n={request.n}, max_tokens={sampling.max_tokens}: both need 1")
+    if len(prompt) + sampling.max_tokens > max_length:
+        raise InputError(
+            f"request {name!r} needs {len(prompt)} prompt + {sampling.max_tokens} new tokens, "
+            f"the engine holds {max_length}: shorten the prompt or max_tokens"
+        )
+    _check_sampling(name, sampling)
+    if request.adapter is not None and request.adapter not in adapters:
+        raise InputError(f"request {name!r} asks for adapter {request.adapter[:12]}, which is not loaded")
+
+
+def _check_sampling(name: str, sampling: Sampling) -> None:
+    allowed = (
+        ("temperature", 0 <= sampling.temperature < math.inf, "at least 0"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", sampling.top_k >= 0, "at least 0"),
+        ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
+        ("top_logprobs", 0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, f"from 0 to {MAX_TOP_LOGPROBS}"),
+    )
+    for setting, good, range_ in allowed:
+        if not good:
+            raise InputError(f"request {name!r} has {setting} {getattr(sampling, setting)}: it must be {range_}")
 
 
 class RequestsFailed(RunFailed):
@@ -79,25 +139,10 @@ class Engine(Protocol):
 
 def generate(engine: Engine, requests: list[GenerationRequest]) -> dict[str, list[Completion]]:
     """Run requests to their end on an idle engine; completions in sample order, by request id."""
-    tokens = {(r.request_id, i): ([], []) for r in requests for i in range(r.n)}
-    finished: dict[tuple[str, int], FinishReason] = {}
+    events: dict[str, list[list[TokenEvent]]] = {r.request_id: [[] for _ in range(r.n)] for r in requests}
     for request in requests:
         engine.submit(request)
     while engine.busy:
         for event in engine.step():
-            ids, logprobs = tokens[event.request_id, event.index]
-            ids.append(event.token)
-            logprobs.append(event.logprob)
-            if event.finish_reason:
-                finished[event.request_id, event.index] = event.finish_reason
-    return {
-        r.request_id: [
-            Completion(
-                tokens=np.array(tokens[r.request_id, i][0], np.int32),
-                logprobs=np.array(tokens[r.request_id, i][1], np.float32),
-                finish_reason=finished[r.request_id, i],
-            )
-            for i in range(r.n)
-        ]
-        for r in requests
-    }
+            events[event.request_id][event.index].append(event)
+    return {request_id: [completion_of(row) for row in rows] for request_id, rows in events.items()}

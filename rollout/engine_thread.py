@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-import numpy as np
-
 from ..cluster.errors import RaylignError, RunFailed
-from .engine import Engine, RequestsFailed, TokenEvent
-from .records import Completion, FinishReason, GenerationRequest
+from .engine import Engine, RequestsFailed, TokenEvent, completion_of
+from .records import Completion, GenerationRequest
 
 T = TypeVar("T")
 
@@ -131,7 +129,7 @@ def collect(thread: EngineThread, request: GenerationRequest) -> "Future[list[Co
     """Submit a request and gather its completions, in sample order, into a future."""
     future: Future[list[Completion]] = Future()
     events: list[list[TokenEvent]] = [[] for _ in range(request.n)]
-    finished: dict[int, FinishReason] = {}
+    running = set(range(request.n))
 
     def listen(event: TokenEvent | RaylignError) -> None:
         if isinstance(event, RaylignError):
@@ -139,17 +137,9 @@ def collect(thread: EngineThread, request: GenerationRequest) -> "Future[list[Co
             return
         events[event.index].append(event)
         if event.finish_reason:
-            finished[event.index] = event.finish_reason
-        if len(finished) == request.n:
-            future.set_result([_completion(events[i], finished[i]) for i in range(request.n)])
+            running.discard(event.index)
+        if not running:
+            future.set_result([completion_of(row) for row in events])
 
     thread.submit(request, listen)
     return future
-
-
-def _completion(events: list[TokenEvent], finish_reason: FinishReason) -> Completion:
-    return Completion(
-        tokens=np.array([e.token for e in events], np.int32),
-        logprobs=np.array([e.logprob for e in events], np.float32),
-        finish_reason=finish_reason,
-    )

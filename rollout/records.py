@@ -10,6 +10,9 @@ import numpy as np
 
 FinishReason = Literal["stop", "length", "abort"]
 
+MAX_TOP_LOGPROBS = 20
+"""The most `top_logprobs` a request may ask for, as OpenAI's API and vLLM have it."""
+
 
 class SeedKey(NamedTuple):
     """Where a sample's random numbers come from: never a worker, a slot or an arrival order."""
@@ -20,16 +23,31 @@ class SeedKey(NamedTuple):
     sample: int = 0
 
 
+class TopLogprobs(NamedTuple):
+    """The likeliest tokens, `[n]` each for one new token, `[T, n]` for a completion: `ids` int32 and their `logprobs`
+    float32 under the distribution that was sampled, best first, equals by id; what could not be drawn has -inf."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; `temperature` 0 is greedy, `top_k` 0 keeps all."""
+    """How tokens are drawn; `temperature` 0 is greedy, `top_k` 0 and `min_p` 0 keep all.
+
+    Log-probs are those of the distribution the token was drawn from; greedy ones are the model's own (temperature 1).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    """Least probability of a token, as a share of the best one's."""
     max_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
+    """How many of the likeliest tokens to report with every token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +71,8 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     finish_reason: FinishReason
+    top: TopLogprobs | None = None
+    """`[T, n]`, where the request asked for `n` top log-probs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

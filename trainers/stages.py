@@ -185,6 +185,8 @@ class GrpoStage(StageBase):
             raise ValueError(f"rollout.sampling.top_p {sampling.top_p:g}: {reason}; take 1.0")
         if sampling.top_k > 0:
             raise ValueError(f"rollout.sampling.top_k {sampling.top_k}: {reason}; take 0")
+        if sampling.min_p > 0:
+            raise ValueError(f"rollout.sampling.min_p {sampling.min_p:g}: {reason}; take 0")
         if self.adapter and self.adapter.dropout > 0:
             raise ValueError(
                 f"adapter.dropout {self.adapter.dropout:g}: the engine samples without dropout, so the trainer's "

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ...cluster.errors import InputError
-from ..engine import RequestsFailed, TokenEvent
-from ..records import FinishReason, GenerationRequest
+from ..engine import RequestsFailed, TokenEvent, check_request
+from ..records import FinishReason, GenerationRequest, TopLogprobs
 from .cache import Prefix
 from .decoder import Decoder
 from .lora import Plan
@@ -36,6 +36,8 @@ _STATE = np.dtype(
         ("temperature", np.float64),
         ("top_p", np.float64),
         ("top_k", np.int64),
+        ("min_p", np.float64),
+        ("top_logprobs", np.int64),
     ]
 )
 """What the step computes with, a record a slot: the last token, its place in the cache, the random stream and how many
@@ -65,7 +67,7 @@ class _Row:
         self.stop_ids = frozenset(request.sampling.stop_token_ids)
         self.strings = strings
 
-    def take(self, token: int, logprob: float) -> TokenEvent:
+    def take(self, token: int, logprob: float, top: TopLogprobs | None) -> TokenEvent:
         """Count a new token and say whether it is the last."""
         self.left -= 1
         reason: FinishReason | None = None
@@ -73,7 +75,7 @@ class _Row:
             reason = "stop"
         elif self.left == 0:
             reason = "length"
-        return TokenEvent(self.request_id, self.index, token, logprob, reason)
+        return TokenEvent(self.request_id, self.index, token, logprob, reason, top)
 
 
 class NativeEngine:
@@ -132,32 +134,15 @@ class NativeEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `InputError` for one that can never be served."""
-        self._check(request)
+        check_request(
+            request,
+            running=self._unfinished,
+            vocabulary=self.vocabulary,
+            max_length=self.max_length,
+            adapters=self.adapters(),
+        )
         self._unfinished[request.request_id] = request.n
         self._waiting.append(_Waiting(request))
-
-    def _check(self, request: GenerationRequest) -> None:
-        name, prompt, sampling = request.request_id, request.prompt, request.sampling
-        if name in self._unfinished:
-            raise InputError(f"request {name!r} is already running")
-        if prompt.ndim != 1 or not len(prompt):
-            raise InputError(f"request {name!r} has an empty prompt")
-        if prompt.min() < 0 or prompt.max() >= self.vocabulary:
-            raise InputError(f"request {name!r} has token ids outside of 0 … {self.vocabulary - 1}")
-        if request.n < 1 or sampling.max_tokens < 1:
-            raise InputError(f"request {name!r} asks for n={request.n}, max_tokens={sampling.max_tokens}: both need 1")
-        if len(prompt) + sampling.max_tokens > self.max_length:
-            raise InputError(
-                f"request {name!r} needs {len(prompt)} prompt + {sampling.max_tokens} new tokens, "
-                f"the engine holds {self.max_length}: shorten the prompt or max_tokens"
-            )
-        if not (sampling.temperature >= 0 and 0 < sampling.top_p <= 1 and sampling.top_k >= 0):
-            raise InputError(
-                f"request {name!r} has temperature {sampling.temperature}, top_p {sampling.top_p}, top_k "
-                f"{sampling.top_k}: they need temperature >= 0, 0 < top_p <= 1, top_k >= 0"
-            )
-        if request.adapter is not None and request.adapter not in self.adapters():
-            raise InputError(f"request {name!r} asks for adapter {request.adapter[:12]}, which is not loaded")
 
     def step(self) -> list[TokenEvent]:
         """Advance every running row by one token and admit waiting ones; returns the new tokens, one a row.
@@ -235,14 +220,8 @@ class NativeEngine:
         positions = self._state["position"][:padded]
         logits = self._decoder.decode(self._state["token"][:padded].copy(), positions.copy(), plan)
         self.forwards["decode"] += 1
-        tokens, logprobs = self._draw(logits[: len(rows)], state, rows)
-        state["token"] = tokens
+        events = self._draw(logits[: len(rows)], state, rows)
         state["position"] += 1
-        state["drawn"] += np.uint64(1)
-        events = [
-            row.take(token, logprob)
-            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
-        ]
         for slot, event in enumerate(events):
             if event.finish_reason:
                 self._rows[slot] = None
@@ -264,16 +243,10 @@ class NativeEngine:
         count = min(self._free(), request.n - waiting.entered)
         rows = [_Row(request, waiting.entered + i, self._strings(request)) for i in range(count)]
         state = _fresh_state(request, rows)
-        tokens, logprobs = self._draw(waiting.logits.expand(count, -1), state, rows)
-        state["token"] = tokens
-        state["drawn"] += np.uint64(1)
+        events = self._draw(waiting.logits.expand(count, -1), state, rows)
         waiting.entered += count
         if waiting.entered == request.n:
             self._waiting.popleft()
-        events = [
-            row.take(token, logprob)
-            for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True)
-        ]
         self._place([i for i, event in enumerate(events) if not event.finish_reason], rows, state, waiting.prefix)
         for event in events:
             if event.finish_reason:
@@ -298,14 +271,21 @@ class NativeEngine:
         if not self._unfinished[request_id]:
             del self._unfinished[request_id]
 
-    def _draw(self, logits: torch.Tensor, state: np.ndarray, rows: list[_Row]) -> tuple[np.ndarray, np.ndarray]:
-        knobs = Knobs(state["temperature"], state["top_p"], state["top_k"])
+    def _draw(self, logits: torch.Tensor, state: np.ndarray, rows: list[_Row]) -> list[TokenEvent]:
+        """The next token of every row, from its logits; `state` takes it down."""
+        knobs = Knobs(state["temperature"], state["top_p"], state["top_k"], state["min_p"], state["top_logprobs"])
         with torch.inference_mode():
-            tokens, logprobs = draw(logits, knobs, uniforms(state["key"], state["drawn"]))
-        finite = np.isfinite(logprobs)
+            drawn = draw(logits, knobs, uniforms(state["key"], state["drawn"]))
+        finite = np.isfinite(drawn.logprobs)
         if not finite.all():
             self._refuse([row for row, good in zip(rows, finite, strict=True) if not good])
-        return tokens, logprobs
+        state["token"] = drawn.tokens
+        state["drawn"] += np.uint64(1)
+        tops = drawn.tops(knobs.top_logprobs)
+        return [
+            row.take(token, logprob, top)
+            for row, token, logprob, top in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), tops, strict=True)
+        ]
 
     def _refuse(self, bad: list[_Row]) -> None:
         """Nothing has been advanced yet: without these requests the other rows can go on at the next step."""
@@ -338,4 +318,5 @@ def _fresh_state(request: GenerationRequest, rows: list[_Row]) -> np.ndarray:
     state["position"] = len(request.prompt)
     state["key"] = [stream_key(request.seed._replace(sample=request.seed.sample + row.index)) for row in rows]
     state["temperature"], state["top_p"], state["top_k"] = sampling.temperature, sampling.top_p, sampling.top_k
+    state["min_p"], state["top_logprobs"] = sampling.min_p, sampling.top_logprobs
     return state

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..records import SeedKey
+from ..records import MAX_TOP_LOGPROBS, SeedKey, TopLogprobs
 
 if TYPE_CHECKING:
     import torch
@@ -61,20 +61,41 @@ def uniforms(keys: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Knobs:
-    """The rows' own sampling settings, `[n]` each: temperature 0 is greedy, top_k 0 and top_p 1 keep everything."""
+    """The rows' own sampling settings, `[n]` each: temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 keep
+    everything; `top_logprobs` is how many of the likeliest tokens to report."""
 
     temperature: np.ndarray
     top_p: np.ndarray
     top_k: np.ndarray
+    min_p: np.ndarray
+    top_logprobs: np.ndarray
 
 
-def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token per row, int64 `[n]`, its log-prob, float32 `[n]`, and for the rows that asked the likeliest tokens,
+    `[n, k]` with the largest k that any row asked for."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top: TopLogprobs | None = None
+
+    def tops(self, counts: np.ndarray) -> list[TopLogprobs | None]:
+        """Each row's likeliest tokens, as many as it asked for."""
+        if self.top is None:
+            return [None] * len(self.tokens)
+        ids, logprobs = self.top
+        return [TopLogprobs(ids[i, :n], logprobs[i, :n]) if n else None for i, n in enumerate(counts.tolist())]
+
+
+def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray) -> Drawn:
     """Draw one token per row by the inverse CDF: the first token whose cumulative probability exceeds the uniform.
 
-    `logits` `[n, V]` float32 stay as they are. They are divided by the temperature, then cut to the top k, then to the
-    smallest set whose probability reaches top p (ties with its last token stay in). Returns the tokens int64 `[n]` and
-    their log-probs float32 `[n]` under that distribution; greedy rows take the argmax and its log-softmax at T = 1.
-    A row whose logits are not finite numbers gets the log-prob NaN.
+    `logits` `[n, V]` float32 stay as they are. They are divided by the temperature, then cut to tokens with min_p of
+    the best one's probability, then to the top k, then to the smallest set that holds top_p of what is left (ties with
+    its last token stay in). The order is vLLM's; transformers cuts by min_p last, which keeps more tokens where both
+    min_p and top_p are set. Log-probs are of that distribution; greedy rows take the argmax and its log-softmax at
+    T = 1. A row whose logits are not finite numbers gets the log-prob NaN.
     """
     import torch
 
@@ -91,7 +112,26 @@ def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray) -> tuple[np.
     difference = scores.gather(1, tokens[:, None])[:, 0].double() - top.double()
     # Not a vector log: its last elements may be computed another way than the first.
     logs = np.array([np.log(value) if value > 0 else np.nan for value in total.tolist()])
-    return tokens.cpu().numpy(), (difference.cpu().numpy() - logs).astype(np.float32)
+    logprobs = (difference.cpu().numpy() - logs).astype(np.float32)
+    return Drawn(tokens.cpu().numpy(), logprobs, _top(scores, top, logs, knobs.top_logprobs))
+
+
+def _top(scores: "torch.Tensor", best: "torch.Tensor", logs: np.ndarray, counts: np.ndarray) -> TopLogprobs | None:
+    """The likeliest tokens of the rows that ask for them; the others' places stay unset."""
+    rows, most = np.flatnonzero(counts), int(counts.max())
+    if not most:
+        return None
+    # Always the same number: how many a neighbour asks for must not decide which of two equals is left out.
+    values, order = scores[rows].topk(min(MAX_TOP_LOGPROBS, scores.shape[1]), dim=1)
+    order, by_id = order.sort(dim=1)
+    values, by_value = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
+    most = min(most, values.shape[1])
+    ids = np.zeros((len(counts), most), np.int32)
+    logprobs = np.full((len(counts), most), -np.inf, np.float32)
+    ids[rows] = order.gather(1, by_value)[:, :most].cpu().numpy()
+    difference = (values.double() - best[rows, None].double())[:, :most].cpu().numpy()
+    logprobs[rows] = difference - logs[rows, None]
+    return TopLogprobs(ids, logprobs)
 
 
 def _padded(logits: "torch.Tensor") -> "torch.Tensor":
@@ -129,7 +169,13 @@ def _first_above(sums: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor"
 
 
 def _restrict(scores: "torch.Tensor", knobs: Knobs, greedy: np.ndarray) -> None:
-    """Set what top-k and then top-p leave out to -inf, in place; rows that ask for neither are not touched."""
+    """Set what min-p, top-k and then top-p leave out to -inf, in place; rows that ask for none are not touched."""
+    import torch
+
+    likely = np.flatnonzero((knobs.min_p > 0) & ~greedy)
+    if len(likely):
+        share = torch.from_numpy(np.log(knobs.min_p[likely]).astype(np.float32)).to(scores.device)
+        _keep(scores, likely, scores[likely].max(dim=1).values + share)
     cut = np.flatnonzero((knobs.top_k > 0) & ~greedy)
     if len(cut):
         _keep(scores, cut, _kth_scores(scores[cut], knobs.top_k[cut]))

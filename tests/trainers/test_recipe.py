@@ -89,6 +89,10 @@ def test_mistakes_name_their_place_and_mend(recipe: Path, old: str, new: str, li
             "top_p 0.9: the trainer's log-probs are those of the temperature alone",
         ),
         ("stages.1.rollout.sampling.top_k=5", "top_k 5: the trainer's log-probs are those of the temperature alone"),
+        (
+            "stages.1.rollout.sampling.min_p=0.1",
+            "min_p 0.1: the trainer's log-probs are those of the temperature alone",
+        ),
         ("stages.1.rollout.sampling.temperature=0", "there is nothing to learn from; take 1.0"),
         ("stages.1.adapter={dropout: 0.1}", "adapter.dropout 0.1: the engine samples without dropout"),
     ],

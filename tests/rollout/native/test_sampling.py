@@ -9,8 +9,15 @@ from raylign.rollout.native.sampling import Knobs, draw, random_bits, stream_key
 from raylign.rollout.records import SeedKey
 
 
-def knobs(n: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Knobs:
-    return Knobs(np.full(n, temperature), np.full(n, top_p), np.full(n, top_k))
+def knobs(
+    n: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, top_logprobs: int = 0
+) -> Knobs:
+    return Knobs(*(np.full(n, value) for value in (temperature, top_p, top_k, min_p, top_logprobs)))
+
+
+def drawn(logits: torch.Tensor, settings: Knobs, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    result = draw(logits, settings, uniform)
+    return result.tokens, result.logprobs
 
 
 def streams(n: int, positions: int = 1, run: int = 0) -> np.ndarray:
@@ -45,7 +52,7 @@ def test_every_field_of_the_key_counts_and_its_place_too():
 def test_frequencies_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
     n = 20_000
-    tokens, logprobs = draw(probabilities.log().expand(n, 4), knobs(n), streams(n))
+    tokens, logprobs = drawn(probabilities.log().expand(n, 4), knobs(n), streams(n))
     share = np.bincount(tokens, minlength=4) / n
     assert np.abs(share - probabilities.numpy()).max() < 0.015
     assert np.allclose(np.exp(logprobs), probabilities.numpy()[tokens], atol=1e-6)
@@ -53,14 +60,14 @@ def test_frequencies_follow_the_distribution():
 
 def test_temperature_sharpens_and_its_logprobs_are_those_of_the_sharpened_distribution():
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(1))
-    tokens, logprobs = draw(logits, knobs(64, temperature=0.5), streams(64))
+    tokens, logprobs = drawn(logits, knobs(64, temperature=0.5), streams(64))
     expected = torch.log_softmax(logits / 0.5, -1)[torch.arange(64), torch.from_numpy(tokens)]
     assert np.allclose(logprobs, expected.numpy(), atol=1e-5)
 
 
 def test_greedy_takes_the_best_token_and_its_plain_logprob_whatever_the_other_knobs():
     logits = torch.randn(16, 300, generator=torch.Generator().manual_seed(2))
-    tokens, logprobs = draw(logits, knobs(16, temperature=0, top_p=0.3, top_k=2), streams(16))
+    tokens, logprobs = drawn(logits, knobs(16, temperature=0, top_p=0.3, top_k=2), streams(16))
     assert tokens.tolist() == logits.argmax(-1).tolist()
     assert np.allclose(logprobs, torch.log_softmax(logits, -1).max(-1).values.numpy(), atol=1e-5)
 
@@ -81,7 +88,7 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(vocabulary: int, top_p: fl
     for position in range(5):
         keys = np.array([stream_key(SeedKey(0, 0, i)) for i in range(n)], np.uint64)
         uniform = uniforms(keys, np.full(n, position, np.uint64))
-        tokens, logprobs = draw(logits, knobs(n, 0.8, top_p, top_k), uniform)
+        tokens, logprobs = drawn(logits, knobs(n, 0.8, top_p, top_k), uniform)
         assert np.allclose(logprobs, expected[torch.arange(n), torch.from_numpy(tokens)].numpy(), atol=1e-4)
 
 
@@ -89,14 +96,20 @@ def test_top_k_and_top_p_keep_what_transformers_keeps(vocabulary: int, top_p: fl
 def test_a_row_alone_has_the_bits_it_has_in_company(vocabulary: int):
     n = 24
     logits = torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(4)) * 3
-    mixed = Knobs(np.tile([0.0, 1.0, 0.7], 8), np.tile([1.0, 1.0, 0.9, 0.5], 6), np.tile([0, 0, 0, 0, 20, 3], 4))
+    mixed = Knobs(
+        np.tile([0.0, 1.0, 0.7], 8),
+        np.tile([1.0, 1.0, 0.9, 0.5], 6),
+        np.tile([0, 0, 0, 0, 20, 3], 4),
+        np.zeros(24),
+        np.zeros(24, int),
+    )
     uniform = streams(n)
-    tokens, logprobs = draw(logits, mixed, uniform)
+    tokens, logprobs = drawn(logits, mixed, uniform)
     for size in (1, 2, 5, 8, 23):
         for first in range(0, n - size + 1, 4):
             rows = slice(first, first + size)
-            part = Knobs(mixed.temperature[rows], mixed.top_p[rows], mixed.top_k[rows])
-            few, few_logprobs = draw(logits[rows], part, uniform[rows])
+            part = Knobs(*(getattr(mixed, name)[rows] for name in Knobs.__dataclass_fields__))
+            few, few_logprobs = drawn(logits[rows], part, uniform[rows])
             assert few.tolist() == tokens[rows].tolist()
             assert few_logprobs.tobytes() == logprobs[rows].tobytes()
 
@@ -106,7 +119,7 @@ def test_a_row_alone_has_the_bits_it_has_in_company(vocabulary: int):
 def test_the_ends_of_the_interval_never_give_an_impossible_token(vocabulary: int, uniform: float):
     logits = torch.full((1, vocabulary), float("-inf"))
     logits[0, 1:3] = 0.0
-    tokens, logprobs = draw(logits, knobs(1), np.array([uniform]))
+    tokens, logprobs = drawn(logits, knobs(1), np.array([uniform]))
     assert tokens[0] == (1 if uniform == 0 else 2)
     assert logprobs[0] == pytest.approx(np.log(0.5))
 
@@ -115,6 +128,6 @@ def test_the_ends_of_the_interval_never_give_an_impossible_token(vocabulary: int
 def test_logits_that_are_not_finite_give_a_logprob_that_is_not_a_number(bad: float):
     logits = torch.zeros(2, 8)
     logits[1, 3] = bad
-    _, logprobs = draw(logits, knobs(2), np.array([0.5, 0.5]))
+    _, logprobs = drawn(logits, knobs(2), np.array([0.5, 0.5]))
     assert np.isfinite(logprobs[0])
     assert np.isnan(logprobs[1])
