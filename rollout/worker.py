@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cluster.errors import RunFailed
-from ..cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_digest
+from ..cluster.weights import ObjectStore, Tensors, WeightVersion, version_digest
 from .config import RolloutConfig
 from .engine_thread import EngineThread, collect
 from .engines import ENGINES
@@ -67,7 +67,7 @@ class RolloutWorker:
     def set_weights(self, weights: WeightVersion, tensors: Tensors) -> str:
         """Load a version and return the digest of what was loaded. Raises `RunFailed` when it is another."""
         adapter = bool(weights.config)
-        digest = adapter_digest(tensors, weights.config, weights.base) if adapter else tensors_digest(tensors)
+        digest = version_digest(tensors, weights.config, weights.base)
         if digest != weights.digest:
             raise RunFailed(
                 f"{self.name} got weights {digest[:12]} for version {weights.version}, not {weights.digest[:12]}"
@@ -126,16 +126,16 @@ class RolloutActor:
 
     def __init__(self, name: str, spec: WorkerSpec) -> None:
         self._name, self._spec = name, spec
+        self._transport = ObjectStore()
 
     def build(self) -> None:
         """Load the model. Raises what `RolloutWorker` raises."""
         self._worker = RolloutWorker(self._name, self._spec)
 
     def set_weights(self, weights: WeightVersion) -> str:
-        """Fetch a version from the object store, load it, report its digest."""
-        import ray
-
-        return self._worker.set_weights(weights, ray.get(weights.ref))
+        """Fetch a version, load it, report its digest."""
+        tensors = self._transport.receive(weights.parcel, self._name, timeout=self._spec.config.timeout_seconds)
+        return self._worker.set_weights(weights, tensors)
 
     def generate(self, group: Group) -> Group:
         """Draw a group's completions."""

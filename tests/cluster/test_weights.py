@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from raylign.cluster.errors import InputError, RunFailed
 from raylign.cluster.weights import (
+    Parcel,
     WeightStore,
     WeightVersion,
     adapter_digest,
@@ -56,7 +57,7 @@ def test_pickled_adapters_are_not_read(tmp_path: Path) -> None:
 
 
 def version(number: int, digest: str) -> WeightVersion:
-    return WeightVersion(version=number, digest=digest, ref=None, config={}, base="b")
+    return WeightVersion(version=number, digest=digest, parcel=Parcel(()), config={}, base="b")
 
 
 def test_versions_grow_and_an_update_must_show() -> None:

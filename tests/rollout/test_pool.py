@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from raylign.cluster.config import Resources
 from raylign.cluster.errors import InputError, RunFailed
-from raylign.cluster.weights import WeightVersion, tensors_digest
+from raylign.cluster.weights import ObjectStore, WeightVersion, model_digest
 from raylign.rollout.config import RolloutConfig
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
@@ -25,10 +25,8 @@ def _spec(base: Path) -> WorkerSpec:
 
 
 def _weights(base: Path) -> WeightVersion:
-    import ray
-
     tensors = load_file(base / "model.safetensors")
-    return WeightVersion(1, tensors_digest(tensors), ray.put(tensors), {}, "base")
+    return WeightVersion(1, model_digest(tensors), ObjectStore().send(tensors), {}, "base")
 
 
 def test_a_version_that_every_worker_refuses_ends_the_run(tiny_model: Path, ray_session: str) -> None:

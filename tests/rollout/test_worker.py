@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from raylign.cluster.errors import RunFailed
-from raylign.cluster.weights import WeightVersion, adapter_digest
+from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
 from raylign.rollout.records import Group
 from raylign.rollout.worker import RolloutWorker, WorkerSpec
@@ -31,18 +31,18 @@ def test_a_worker_generates_from_the_version_it_proved_and_refuses_any_other(
     digest = adapter_digest(tensors, config, "base")
     group = Group(step=0, index=0, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digest)
     with pytest.raises(RunFailed, match=r"w has weights None, step 0 group 0 needs version 1"):
-        worker.generate(group)
+        worker.generate(group, 1)
 
-    assert worker.set_weights(WeightVersion(1, digest, None, config, "base"), tensors) == digest
-    made = worker.generate(group)
+    assert worker.set_weights(WeightVersion(1, digest, Parcel(()), config, "base"), tensors) == digest
+    made = worker.generate(group, 1)
     assert made.worker == "w"
     assert [0 < len(s.tokens) <= 5 for s in made.samples] == [True, True]
 
     with pytest.raises(RunFailed, match=r"for version 2, not 0000"):
-        worker.set_weights(WeightVersion(2, "0" * 64, None, config, "base"), tensors)
-    assert worker.generate(group).samples[0].tokens.tolist() == made.samples[0].tokens.tolist()
+        worker.set_weights(WeightVersion(2, "0" * 64, Parcel(()), config, "base"), tensors)
+    assert worker.generate(group, 1).samples[0].tokens.tolist() == made.samples[0].tokens.tolist()
 
     tensors = {name: array + 1 for name, array in tensors.items()}
-    worker.set_weights(WeightVersion(2, adapter_digest(tensors, config, "base"), None, config, "base"), tensors)
+    worker.set_weights(WeightVersion(2, adapter_digest(tensors, config, "base"), Parcel(()), config, "base"), tensors)
     with pytest.raises(RunFailed, match=r"w has weights \(2, .*needs version 1"):
-        worker.generate(group)
+        worker.generate(group, 1)

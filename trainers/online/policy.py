@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.errors import RunFailed
-from ...cluster.weights import Tensors, WeightVersion, adapter_digest, tensors_digest
+from ...cluster.weights import ObjectStore, Tensors, WeightVersion, version_digest
 from ..schedule import learning_rate
 from ..stages import GrpoStage
 from .batch import TrainSample, micro_batches
@@ -37,7 +37,7 @@ class Policy:
         import torch
         from torch import nn
 
-        from ..adapters import open_model
+        from ..adapters import Exporter, open_model
 
         torch.set_num_threads(1)
         self._spec = spec
@@ -45,6 +45,7 @@ class Policy:
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model: nn.Module = nn.Module.to(model, self._device).eval()
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        self._exporter = Exporter(self._model)
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),
             lr=spec.stage.learning_rate,
@@ -109,12 +110,12 @@ class Policy:
         return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
 
     def export(self) -> tuple[Tensors, dict[str, Any], str]:
-        """What rollouts need: adapter tensors and PEFT config (or all tensors and `{}`), and their digest."""
-        from ..adapters import export_weights
+        """What rollouts need: adapter tensors and PEFT config (or all tensors and `{}`), and their digest.
 
-        tensors, config = export_weights(self._model)
-        digest = adapter_digest(tensors, config, self._spec.base_digest) if config else tensors_digest(tensors)
-        return tensors, config, digest
+        On a CPU the tensors are views of the weights, good until the next update.
+        """
+        tensors, config = self._exporter.tensors(), self._exporter.config
+        return tensors, config, version_digest(tensors, config, self._spec.base_digest)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
@@ -187,17 +188,17 @@ class PolicyActor:
 
     def __init__(self, spec: PolicySpec) -> None:
         self._policy, self._base = Policy(spec), spec.base_digest
+        self._transport = ObjectStore()
 
     def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
         """One optimizer step."""
         return self._policy.update(samples, step)
 
     def publish(self, version: int) -> WeightVersion:
-        """Put the weights into the object store once, as numpy views that readers share without a copy."""
-        import ray
-
+        """Make the weights as they are now available to workers, under a version and their digest."""
         tensors, config, digest = self._policy.export()
-        return WeightVersion(version=version, digest=digest, ref=ray.put(tensors), config=config, base=self._base)
+        parcel = self._transport.send(tensors)
+        return WeightVersion(version=version, digest=digest, parcel=parcel, config=config, base=self._base)
 
     def save(self, folder: Path) -> None:
         """Write the training state into a folder on the run's storage."""

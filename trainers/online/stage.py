@@ -6,9 +6,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from ...cluster import calls
 from ...cluster.rundir import RunDir
-from ...cluster.weights import base_digest, save_adapter
+from ...cluster.weights import ObjectStore, base_digest, save_adapter
 from ...rollout.pool import RolloutPool
 from ...rollout.worker import WorkerSpec
 from ..adapters import open_base, save_model
@@ -96,7 +95,7 @@ def _prompts(given: StageInput) -> list[Prompt]:
 def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: GrpoStage, digest: str) -> ModelState:
     """The last published weights as a folder: an adapter under its digest, or a whole model."""
     weights, name = loop.weights, stage_name(stage)
-    tensors = calls.get(weights.ref, actor="the object store", what="the last weights", timeout=stage.timeout_seconds)
+    tensors = ObjectStore().receive(weights.parcel, "the run", timeout=stage.timeout_seconds)
     provenance = {"base_digest": digest, "run": run.name, "stage": name, "steps": loop.step}
     if weights.config:
         _, folder = save_adapter(run / "adapters", tensors, weights.config, provenance)
@@ -104,5 +103,7 @@ def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: G
     import torch
 
     whole = open_base(model.base)
-    whole.load_state_dict({key: torch.from_numpy(array) for key, array in tensors.items()})
+    with torch.no_grad():
+        for key, parameter in whole.named_parameters():
+            parameter.copy_(torch.tensor(tensors[key]))  # not from_numpy: read-only memory makes it warn
     return ModelState(save_model(whole, model.base, run / "models" / f"{index}-{name}"))
