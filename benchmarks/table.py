@@ -1,0 +1,65 @@
+"""`benchmarks/README.md`, made from the result files."""
+
+from pathlib import Path
+from typing import Any
+
+from .results import read
+
+_TEXT = """\
+# Benchmarks
+
+Made by `python -m benchmarks table` from `results/`; do not edit. `make bench NAME=rollout` (or `all`) measures anew;
+`python -m benchmarks --help` says how to run single cases.
+
+A pair is one repetition of each side, one after the other in the same process tree, on one core with one thread, with
+the same weights, dtype and requests; who begins alternates. `ratio` is the median of the paired ratios, ours over
+theirs (above 1 is better), with its range. `limit` is ours as a share of what the machine allows at most: for rates,
+all matrix products of the model's own shapes alone at the best speed torch reaches (measured before every pair;
+compared by CPU seconds, so that other load does not count); for `group_prefill`, the ratio G(p+c)/(p+Gc). EOS is off,
+sampling at T = 1; only tokens that a request asked for count. Prompts are new in every pair, so no cache knows them.
+Lognormal lengths have sigma 0.8 and are clipped to median/8 … 4 median; the sizes of each case stand in the JSON.
+"""
+
+
+def render(results: list[dict[str, Any]]) -> str:
+    """The page: one table a result file."""
+    return "\n".join([_TEXT, *(_section(result) for result in results if result["cases"])])
+
+
+def _section(result: dict[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    memory = f", {machine['memory_gb']} GB" if "memory_gb" in machine else ""
+    about = (
+        f"{machine['cpu']}, {machine['cores']} cores{memory}, {machine['gpu'] or 'no GPU'}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f"; {result['date']}"
+    )
+    head = "| case | ratio | range | pairs | ours | theirs | unit | limit |\n|---|---|---|---|---|---|---|---|"
+    lines = [_line(case) for case in result["cases"]]
+    return "\n".join([f"## {result['name']}", "", about, "", head, *lines, ""])
+
+
+def _line(case: dict[str, Any]) -> str:
+    fraction = case["limit_fraction"]
+    cells = [
+        case["case"],
+        f"**{case['ratio_median']:.2f}**",
+        f"{case['ratio_min']:.2f} … {case['ratio_max']:.2f}",
+        str(case["pairs"]),
+        _number(case["ours"]),
+        _number(case["theirs"]),
+        case["unit"],
+        "" if fraction is None else f"{fraction:.0%}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def write_table(results: Path) -> Path:
+    """Write the page beside the folder of result files; returns its path."""
+    page = results.parent / "README.md"
+    page.write_text(render([read(path) for path in sorted(results.glob("*.json"))]))
+    return page
