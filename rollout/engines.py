@@ -22,4 +22,15 @@ def build_native(
     return NativeEngine(folder, slots=slots, max_length=max_length, dtype=dtype, device=device)
 
 
-ENGINES: dict[str, BuildEngine] = {"native": build_native}
+def build_vllm(folder: Path, slots: int, max_length: int, dtype: Literal["float32", "bfloat16"], device: str) -> Engine:
+    """vLLM, where it is installed: its own processes, on as many threads as the actor reserves CPUs."""
+    from .vllm.settings import prepare_environment
+
+    prepare_environment(device)
+
+    from .vllm.engine import VllmEngine
+
+    return VllmEngine(folder, slots=slots, max_length=max_length, dtype=dtype, device=device)
+
+
+ENGINES: dict[str, BuildEngine] = {"native": build_native, "vllm": build_vllm}

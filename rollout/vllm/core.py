@@ -1,0 +1,117 @@
+"""vLLM's `AsyncLLM` on an event loop of its own thread, for a caller that has none."""
+
+# pyright: reportMissingImports=false
+
+import asyncio
+import queue
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from vllm.inputs import tokens_input
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from ...cluster.errors import WorkerLost
+
+T = TypeVar("T")
+
+CALL_SECONDS = 600.0
+"""How long vLLM may take to answer a command: loading the weights of a large model is the longest."""
+
+
+class Core:
+    """Runs an `AsyncLLM`; rows stream into one queue. One thread calls it.
+
+    Raises `WorkerLost` once vLLM's processes are gone, or where they do not answer.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self._arrivals: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        thread.start()
+        self._end = weakref.finalize(self, _stop_loop, self._loop, thread)
+        self.llm: AsyncLLM = self.ask(_start(args))
+        self._end.detach()
+        self._end = weakref.finalize(self, _shut_down, self.llm, self._loop, thread)
+
+    def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for what it returns; raises what it raises."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(CALL_SECONDS)
+        except EngineDeadError:
+            raise gone() from None
+        except TimeoutError:
+            future.cancel()
+            raise WorkerLost(f"vLLM did not answer within {CALL_SECONDS:.0f} s") from None
+
+    def begin(self, row: str, prompt: list[int], params: Any, adapter: Any) -> None:
+        """Start generating; what becomes of the row arrives under its name."""
+        self._loop.call_soon_threadsafe(self._spawn, row, prompt, params, adapter)
+
+    def arrivals(self, seconds: float) -> list[tuple[str, Any]]:
+        """What has arrived: a row's name with vLLM's output or the error that ended it. Waits so long for the first."""
+        try:
+            found = [self._arrivals.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+        while not self._arrivals.empty():
+            found.append(self._arrivals.get())
+        return found
+
+    def abort(self, rows: Sequence[str]) -> None:
+        """End rows; when it returns, vLLM takes every later command as one that comes after them."""
+        self.ask(self._abort(list(rows)))
+
+    def close(self) -> None:
+        """End vLLM's processes."""
+        self._end()
+
+    def _spawn(self, row: str, prompt: list[int], params: Any, adapter: Any) -> None:
+        task = self._loop.create_task(self._stream(row, prompt, params, adapter))
+        self._tasks[row] = task
+        task.add_done_callback(lambda _: self._tasks.pop(row, None))
+
+    async def _stream(self, row: str, prompt: list[int], params: Any, adapter: Any) -> None:
+        try:
+            async for output in self.llm.generate(tokens_input(prompt), params, row, lora_request=adapter):
+                self._arrivals.put((row, output))
+        except Exception as error:  # noqa: BLE001  whatever ends a row, its caller must hear of it
+            self._arrivals.put((row, error))
+
+    async def _abort(self, rows: list[str]) -> None:
+        # Cancelling keeps a row that is not with vLLM yet from getting there; one that is, vLLM itself must end.
+        tasks = [task for row in rows if (task := self._tasks.get(row))]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.llm.abort(rows)
+
+
+def gone() -> WorkerLost:
+    """The error of an engine whose processes have ended."""
+    return WorkerLost("vLLM's engine process is gone: its own log, above, has the reason")
+
+
+async def _start(args: Any) -> AsyncLLM:
+    return AsyncLLM.from_engine_args(args)
+
+
+def _shut_down(llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    llm.shutdown(timeout=5.0)
+    llm.shutdown = _nothing  # its destructor calls it again, when the interpreter's end has taken what it needs
+    _stop_loop(loop, thread)
+
+
+def _nothing(timeout: float | None = None) -> None:
+    """In place of a second shutdown."""
+
+
+def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    if thread is not threading.current_thread():
+        thread.join(timeout=5.0)

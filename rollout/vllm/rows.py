@@ -1,0 +1,87 @@
+"""The rows a vLLM engine has running: what each asks vLLM for, and what vLLM's outputs become."""
+
+# pyright: reportMissingImports=false
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ...cluster.errors import InputError
+from ..engine import TokenEvent
+from ..native.sampling import stream_key
+from ..native.stop_strings import StopStrings
+from ..records import FinishReason, GenerationRequest, TopLogprobs
+
+
+class Diverged(ValueError):
+    """A row's log-prob is not a finite number."""
+
+
+class Row:
+    """One running sample: what ends it, and whose it is."""
+
+    __slots__ = ("adapter", "index", "request_id", "stop_ids", "strings", "top")
+
+    def __init__(self, request: GenerationRequest, index: int, strings: StopStrings | None) -> None:
+        self.request_id = request.request_id
+        self.index = index
+        self.adapter = request.adapter
+        self.top = request.sampling.top_logprobs
+        self.stop_ids = frozenset(request.sampling.stop_token_ids)
+        self.strings = strings
+
+    def take(self, output: Any) -> Iterator[TokenEvent]:
+        """The tokens of one of vLLM's outputs, up to the row's last. Raises `Diverged`."""
+        places = zip(output.token_ids, output.logprobs, strict=True)
+        for number, (token, logprobs) in enumerate(places, 1):
+            logprob = logprobs[token].logprob
+            if not math.isfinite(logprob):
+                raise Diverged
+            last = number == len(output.token_ids)
+            reason = self._ends(token, output.finish_reason if last else None)
+            yield TokenEvent(self.request_id, self.index, token, logprob, reason, self._likeliest(logprobs))
+            if reason:
+                return
+
+    def _ends(self, token: int, reason: str | None) -> FinishReason | None:
+        if token in self.stop_ids or (self.strings is not None and self.strings.push(token)):
+            return "stop"
+        return "length" if reason == "length" else None
+
+    def _likeliest(self, logprobs: dict[int, Any]) -> TopLogprobs | None:
+        if not self.top:
+            return None
+        best = sorted((-entry.logprob, token) for token, entry in logprobs.items())[: self.top]
+        return TopLogprobs(
+            np.array([token for _, token in best], np.int32), np.array([-value for value, _ in best], np.float32)
+        )
+
+
+def sampling_params(request: GenerationRequest, index: int) -> Any:
+    """How vLLM draws one sample. Its seed comes from where the sample stands, and from nothing else.
+
+    Raises `InputError` for settings that vLLM does not take (a temperature above 2).
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    sampling = request.sampling
+    key = stream_key(request.seed._replace(sample=request.seed.sample + index))
+    try:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            logprobs=sampling.top_logprobs,
+            seed=key >> 1,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+    except VLLMValidationError as error:
+        raise InputError(f"request {request.request_id!r}: vLLM refuses its sampling: {error}") from None
