@@ -1,0 +1,340 @@
+"""What every engine must do, whichever it is: `ENGINES` of rollout/engines.py, held against transformers and PEFT.
+
+The engine is shared: each test leaves it idle and without adapters (conftest.py).
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from raylign.cluster.errors import InputError
+from raylign.rollout.engine import Engine, generate
+from raylign.rollout.engines import ENGINES
+from raylign.rollout.records import Sampling, TopLogprobs
+
+from ..conftest import save_tokenizer
+from .conftest import SLOTS, TRAITS, WIDE, Model, Shop
+from .models import save_model
+from .reference import Reference
+from .runs import bits, finish, request, run_in_turns, tokens
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": WIDE,
+    "gemma": WIDE,
+    "gemma3-sliding": WIDE,
+    "gpt2": {"n_embd": 64, "n_head": 2},
+}
+
+
+def load(engine: Engine, model: Model, *digests: str) -> None:
+    from raylign.cluster.weights import load_adapter
+
+    for digest in digests:
+        engine.load_adapter(digest, *load_adapter(model.adapters[digest]))
+
+
+def test_every_engine_takes_part():
+    assert TRAITS.keys() == ENGINES.keys()
+
+
+def test_greedy_gives_the_tokens_of_transformers_generate(engine: Engine, model: Model):
+    requests = [request(i, n, temperature=0, max_tokens=40) for i, n in enumerate((1, 4, 9, 31, 33, 40, 2, 64, 88))]
+    got = generate(engine, requests)
+    for r in requests:
+        assert tokens(got[r.request_id]) == [model.reference.greedy(r)]
+
+
+def test_rows_of_many_adapters_in_one_batch_give_pefts_tokens_and_those_of_each_alone(engine: Engine, model: Model):
+    load(engine, model, *model.adapters)
+    requests = [
+        request(2 * i + j, 5 + i, adapter=digest, temperature=0, max_tokens=16)
+        for i, digest in enumerate((None, *model.adapters))
+        for j in range(2)
+    ]
+    together = generate(engine, requests)
+    for r in requests:
+        completion = together[r.request_id][0]
+        assert completion.tokens.tolist() == model.reference.greedy(r), r.adapter
+        assert tokens(generate(engine, [r])[r.request_id]) == [completion.tokens.tolist()]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0}, {}, {"temperature": 0.7}, {"temperature": 1.3, "min_p": 0.05, "top_k": 20, "top_p": 0.9}],
+)
+def test_logprobs_are_those_of_a_plain_forward(sampling: dict[str, Any], engine: Engine, model: Model, shop: Shop):
+    load(engine, model, "every-layer")
+    for r in (request(1, n=3, **sampling), request(2, 20, n=2, adapter="every-layer", **sampling)):
+        for completion in generate(engine, [r])[r.request_id]:
+            assert completion.logprobs.dtype == np.float32
+            difference = completion.logprobs - model.reference.logprobs(r, completion)
+            assert np.abs(difference).max() < shop.traits.tolerance
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 3.0, "top_k": 12},
+        {"temperature": 2.0, "top_p": 0.7},
+        {"temperature": 2.5, "min_p": 0.15},
+        {"temperature": 3.0, "min_p": 0.05, "top_k": 30, "top_p": 0.8},
+    ],
+)
+def test_tokens_are_drawn_from_just_the_distribution_asked_for(
+    sampling: dict[str, Any], engine: Engine, model: Model, shop: Shop
+):
+    r = request(3, n=1000, max_tokens=1, top_logprobs=5, **sampling)
+    expected = model.reference.first(r)
+    completions = generate(engine, [r])[r.request_id]
+    drawn = np.array([c.tokens[0] for c in completions])
+    assert set(drawn) <= set(np.flatnonzero(expected))
+    assert chi_squared_excess(np.bincount(drawn, minlength=len(expected)), expected * len(drawn)) < 0
+    of_drawn = np.log(expected[drawn])
+    assert np.abs(np.concatenate([c.logprobs for c in completions]) - of_drawn).max() < shop.traits.tolerance
+    best = np.argsort(-expected)[:5]
+    with np.errstate(divide="ignore"):
+        check_top(completions[0].top, best, np.log(expected[best]), shop.traits.tolerance)
+
+
+def chi_squared_excess(counts: np.ndarray, expected: np.ndarray) -> float:
+    """How far Pearson's statistic lies above what it exceeds once in a thousand times (Wilson and Hilferty 1931).
+
+    Tokens expected fewer than five times count as one.
+    """
+    often = expected >= 5
+    counts = np.append(counts[often], counts[~often].sum())
+    expected = np.append(expected[often], expected[~often].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = max(1, len(counts) - 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(((counts - expected) ** 2 / expected).sum() - limit)
+
+
+def check_top(top: TopLogprobs | None, ids: np.ndarray, logprobs: np.ndarray, tolerance: float) -> None:
+    """The first token's likeliest tokens; what could not be drawn has -inf, and then its id means nothing."""
+    assert top is not None
+    possible = np.isfinite(logprobs)
+    assert (np.isfinite(top.logprobs[0]) == possible).all()
+    assert top.ids[0][possible].tolist() == ids[possible].tolist()
+    assert np.abs(top.logprobs[0][possible] - logprobs[possible]).max() < tolerance
+
+
+def test_top_logprobs_come_with_every_token_of_the_rows_that_ask(engine: Engine):
+    asking, other = request(1, n=2, top_logprobs=3, max_tokens=5), request(2, temperature=0, max_tokens=9)
+    greedy = request(4, temperature=0, top_logprobs=1)
+    got = generate(engine, [asking, other, greedy])
+    for completion in got["r1"]:
+        assert completion.top is not None
+        assert completion.top.ids.shape == completion.top.logprobs.shape == (5, 3)
+        assert (np.diff(completion.top.logprobs) <= 0).all()
+        for token, logprob, ids, best in zip(completion.tokens, completion.logprobs, *completion.top, strict=True):
+            assert best[-1] >= logprob or best[ids.tolist().index(token)] == logprob
+    assert got["r2"][0].top is None
+    top = got["r4"][0].top
+    assert top is not None
+    assert top.ids[:, 0].tolist() == got["r4"][0].tokens.tolist()
+    assert top.logprobs[:, 0].tolist() == got["r4"][0].logprobs.tolist()
+
+
+def test_a_long_row_and_more_short_ones_than_there_are_slots(engine: Engine, model: Model):
+    long = request(0, 20, temperature=0, max_tokens=100)
+    short = [request(i, 1 + i % 7, temperature=0, max_tokens=1 + i % 5) for i in range(1, 4 * SLOTS)]
+    for r in (long, *short):
+        engine.submit(r)
+    got: dict[str, list[int]] = {}
+    ends: list[str] = []
+    while engine.busy:
+        for event in engine.step():
+            got.setdefault(event.request_id, []).append(event.token)
+            if event.finish_reason:
+                assert event.finish_reason == "length"
+                ends.append(event.request_id)
+    assert ends[-1] == "r0"
+    assert len(ends) == len(set(ends)) == 4 * SLOTS
+    for r in (long, *short):
+        assert got[r.request_id] == model.reference.greedy(r)
+
+
+def test_same_seeds_give_the_same_tokens_in_any_order_of_arrival(engine: Engine, model: Model, shop: Shop):
+    load(engine, model, "every-layer", "attention")
+    rng = random.Random(3)
+    requests = [
+        request(
+            i,
+            rng.choice((1, 5, 13, 31, 60)),
+            n=rng.choice((1, 2, 5)),
+            adapter=rng.choice((None, "every-layer", "attention")),
+            temperature=rng.choice((0.0, 0.7, 1.0)),
+            top_p=rng.choice((1.0, 0.8)),
+            min_p=rng.choice((0.0, 0.1)),
+            max_tokens=rng.choice((1, 2, 7, 20, 40)),
+        )
+        for i in range(10)
+    ]
+    alone = {r.request_id: generate(engine, [r])[r.request_id] for r in requests}
+    same = bits if shop.traits.exact else tokens
+    for size in (len(requests), 1, 3):
+        shuffled = rng.sample(requests, len(requests))
+        turns = [shuffled[i : i + size] for i in range(0, len(shuffled), size)]
+        for name, completions in run_in_turns(engine, turns).items():
+            assert same(completions) == same(alone[name]), name
+
+
+def test_a_sample_of_a_group_is_the_same_when_it_is_asked_for_by_itself(engine: Engine, shop: Shop):
+    group = generate(engine, [request(4, n=5)])["r4"]
+    single = generate(engine, [replace(request(4), seed=request(4).seed._replace(sample=3))])["r4"]
+    same = bits if shop.traits.exact else tokens
+    assert same(single) == same(group[3:4])
+    assert len({c.tokens.tobytes() for c in group}) == 5
+
+
+def test_stop_tokens_end_a_row_and_are_its_last_token(engine: Engine):
+    free = generate(engine, [request(3, temperature=0)])["r3"][0].tokens.tolist()
+    stop = next(t for t in free if t != free[0])
+    completion = generate(engine, [request(3, temperature=0, stop_token_ids=(stop, 96))])["r3"][0]
+    assert completion.tokens.tolist() == free[: free.index(stop) + 1]
+    assert completion.finish_reason == "stop"
+
+
+def test_stop_strings_end_a_row_where_they_are_complete(engine: Engine, model: Model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.folder)
+    free = generate(engine, [request(1, max_tokens=80)])["r1"][0].tokens.tolist()
+    stop = tokenizer.decode(free[20:23])
+    end = next(i for i in range(1, 81) if stop in tokenizer.decode(free[:i]))
+    completion = generate(engine, [request(1, max_tokens=80, stop=("no such text", stop))])["r1"][0]
+    assert completion.tokens.tolist() == free[:end]
+    assert completion.finish_reason == "stop"
+
+
+def test_a_stop_on_the_last_token_allowed_is_a_stop(engine: Engine):
+    free = generate(engine, [request(3)])["r3"][0]
+    first = free.tokens.tolist().index(free.tokens[5])
+    completion = generate(engine, [request(3, max_tokens=first + 1, stop_token_ids=(int(free.tokens[5]),))])["r3"][0]
+    assert (free.finish_reason, completion.finish_reason) == ("length", "stop")
+    assert completion.tokens.tolist() == free.tokens[: first + 1].tolist()
+
+
+def test_aborted_requests_say_nothing_more_and_the_others_go_on_as_they_would_have(engine: Engine):
+    kept = request(1, n=2)
+    expected = tokens(generate(engine, [kept])["r1"])
+    again = tokens(generate(engine, [request(2)])["r2"])
+    for r in (request(0, n=2, max_tokens=100), kept, request(2, n=3), request(5, n=20)):
+        engine.submit(r)
+    engine.abort("r2")
+    events = []
+    while not any(event.request_id == "r0" for event in events):
+        events += engine.step()
+    assert {event.request_id for event in events} <= {"r0", "r1", "r5"}
+    for name in ("r0", "r5", "never heard of"):
+        engine.abort(name)
+    after = finish(engine, [event for event in events if event.request_id == "r1"])
+    assert after == {"r1": expected}
+    assert tokens(generate(engine, [request(2)])["r2"]) == again
+
+
+def test_adapters_come_and_go_while_requests_run(engine: Engine, model: Model):
+    base, first, second = (
+        request(i, adapter=digest, temperature=0, max_tokens=60)
+        for i, digest in enumerate((None, "every-layer", "attention"))
+    )
+    load(engine, model, "every-layer", "rslora")
+    engine.submit(base)
+    engine.submit(first)
+    with pytest.raises(InputError, match="adapter every-layer is in use by 1 requests, 'r1' among them"):
+        engine.drop_adapter("every-layer")
+    events = engine.step()
+    engine.drop_adapter("rslora")
+    load(engine, model, "attention")
+    engine.submit(second)
+    assert sorted(engine.adapters()) == ["attention", "every-layer"]
+    got = finish(engine, events)
+    assert got == {r.request_id: [model.reference.greedy(r)] for r in (base, first, second)}
+    engine.drop_adapter("every-layer")
+    with pytest.raises(InputError, match="asks for adapter every-layer, which is not loaded"):
+        engine.submit(first)
+    with pytest.raises(InputError, match="every-layer"):
+        engine.drop_adapter("every-layer")
+
+
+def test_new_weights_under_a_new_digest_are_not_mixed_up_with_the_old(engine: Engine, model: Model):
+    """The same prompt again, so that a cached prefix of the other adapter's would show."""
+    prompts = [replace(request(9, 64, temperature=0), adapter=digest) for digest in (None, "every-layer", "wide")]
+    for r in prompts:
+        if r.adapter:
+            load(engine, model, r.adapter)
+        assert tokens(generate(engine, [r])["r9"]) == [model.reference.greedy(r)], r.adapter
+        if r.adapter:
+            engine.drop_adapter(r.adapter)
+
+
+def test_new_base_weights_take_effect_and_are_refused_while_requests_run(engine: Engine, model: Model, tmp_path: Path):
+    from safetensors.numpy import load_file
+
+    vocabulary = save_tokenizer(tmp_path / "other")
+    other = save_model(tmp_path / "other", "llama", seed=9, **WIDE, vocab_size=vocabulary)
+    old, new = (load_file(folder / "model.safetensors") for folder in (model.folder, other))
+    r = request(1, 64, temperature=0)
+    before = tokens(generate(engine, [r])["r1"])
+    engine.submit(r)
+    with pytest.raises(InputError, match="while requests run"):
+        engine.load_base(new)
+    engine.abort("r1")
+    engine.load_base(new)
+    try:
+        assert tokens(generate(engine, [r])["r1"]) == [Reference(other).greedy(r)] != before
+        load(engine, model, "every-layer")
+        adapted = replace(r, adapter="every-layer")
+        under = Reference(other, {"every-layer": model.adapters["every-layer"]})
+        assert tokens(generate(engine, [adapted])["r1"]) == [under.greedy(adapted)]
+    finally:
+        engine.load_base(old)
+    assert tokens(generate(engine, [r])["r1"]) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": np.arange(120, dtype=np.int32)}, "120 prompt \\+ 12 new tokens, the engine holds 128"),
+        ({"prompt": np.array([], np.int32)}, "empty prompt"),
+        ({"prompt": np.array([3, 100_000], np.int32)}, "token ids outside of 0 … "),
+        ({"prompt": np.array([3, -1], np.int32)}, "token ids outside of 0 … "),
+        ({"adapter": "a1b2"}, "adapter a1b2, which is not loaded"),
+        ({"n": 0}, "n=0, max_tokens=12: both need 1"),
+        ({"sampling": Sampling(max_tokens=0)}, "n=1, max_tokens=0: both need 1"),
+        ({"sampling": Sampling(temperature=-1.0, max_tokens=4)}, "temperature -1.0: it must be at least 0"),
+        ({"sampling": Sampling(temperature=float("nan"), max_tokens=4)}, "temperature nan: it must be at least 0"),
+        ({"sampling": Sampling(top_p=0.0, max_tokens=4)}, "top_p 0.0: it must be above 0 and at most 1"),
+        ({"sampling": Sampling(top_k=-1, max_tokens=4)}, "top_k -1: it must be at least 0"),
+        ({"sampling": Sampling(min_p=1.5, max_tokens=4)}, "min_p 1.5: it must be from 0 to 1"),
+        ({"sampling": Sampling(top_logprobs=21, max_tokens=4)}, "top_logprobs 21: it must be from 0 to 20"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(change: dict[str, Any], message: str, engine: Engine):
+    with pytest.raises(InputError, match=message):
+        engine.submit(replace(request(1), **change))
+    assert not engine.busy
+
+
+def test_the_same_name_twice_is_refused_while_it_runs(engine: Engine):
+    generate(engine, [request(1)])
+    engine.submit(request(1))
+    with pytest.raises(InputError, match="'r1' is already running"):
+        engine.submit(request(1))
+    engine.abort("r1")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_give_the_tokens_of_transformers_generate_too(family: str, shop: Shop, tmp_path: Path):
+    folder = save_model(tmp_path / family, family, **FAMILIES[family])
+    reference = Reference(folder)
+    requests = [request(i, length, temperature=0, max_tokens=30) for i, length in enumerate((1, 5, 31, 40))]
+    got = generate(shop.engine(folder), requests)
+    for r in requests:
+        assert tokens(got[r.request_id]) == [reference.greedy(r)]
