@@ -2,12 +2,30 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import RaylignError, RunFailed, WorkerLost
 
 TICK_SECONDS = 0.4
 """How long a wait that has something to look after goes without doing so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Something that is waited for, as `raylign why` tells it: on which actor and node, since when."""
+
+    what: str
+    actor: str
+    node: str
+    since: float
+    """Seconds since the epoch."""
+
+
+def epoch(moment: float) -> float:
+    """A moment of the monotonic clock as seconds since the epoch."""
+    return time.time() - (time.monotonic() - moment)
 
 
 def get(refs: Any, *, actor: str, what: str, timeout: float, tick: Callable[[], None] | None = None) -> Any:
@@ -24,17 +42,31 @@ def get(refs: Any, *, actor: str, what: str, timeout: float, tick: Callable[[], 
         try:
             return ray.get(refs, timeout=min(left, TICK_SECONDS) if tick else left)
         except RayTaskError as error:
-            raise _own_error(error, actor, what) from error
+            raise _explained(error, actor, what) from error
         except GetTimeoutError:
             if time.monotonic() >= give_up:
                 raise WorkerLost(f"{actor} did not finish {what} within {timeout:.0f} s") from None
         except RayError as error:
-            raise WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}") from None
+            raise _explained(error, actor, what) from None
         if tick:
             tick()
 
 
-def _own_error(error: Any, actor: str, what: str) -> RaylignError:
+def outcome(future: "Future[Any]", *, actor: str, what: str) -> Any:
+    """The result of a call that has ended. Raises as `get` does."""
+    from ray.exceptions import RayError
+
+    try:
+        return future.result(timeout=0)
+    except RayError as error:
+        raise _explained(error, actor, what) from error
+
+
+def _explained(error: Any, actor: str, what: str) -> RaylignError:
+    from ray.exceptions import RayTaskError
+
+    if not isinstance(error, RayTaskError):
+        return WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}")
     cause = getattr(error, "cause", None)
     if isinstance(cause, RaylignError):
         return cause

@@ -128,12 +128,7 @@ def place(
     Raises `DoesNotFit` after `timeout` seconds, or once `cancelled` says so, with what is missing; nothing stays
     reserved then.
     """
-    from ray.util.placement_group import placement_group
-
-    name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
-
-    bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
-    group = placement_group([bundle or {"CPU": 0.001}], name=name)
+    group = reserve(role, resources)
     began = time.monotonic()
     try:
         while (left := began + timeout - time.monotonic()) > 0 and not cancelled():
@@ -143,9 +138,39 @@ def place(
         release(group)
         raise
     release(group)
+    raise DoesNotFit(f"{missing(role, resources, timeout)}. Free some or add a node")
+
+
+def reserve(role: str, resources: Resources) -> "PlacementGroup":
+    """Ask for the resources of one worker without waiting for them; meanwhile Ray's autoscaler sees the wish."""
+    from ray.util.placement_group import placement_group
+
+    name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
+    bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
+    return placement_group([bundle or {"CPU": 0.001}], name=name)
+
+
+def missing(role: str, resources: Resources, seconds: float) -> str:
+    """What a role asked for without getting it for so long, and what the nodes have left."""
     asked = amount(resources.cpus, resources.gpus)
-    free = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
-    raise DoesNotFit(f"{role} asked for {asked} and got no place within {timeout:g} s: {free}. Free some or add a node")
+    return f"{role} asked for {asked} and got no place within {seconds:g} s: {free()}"
+
+
+def free() -> str:
+    """What each node has left now, in words."""
+    return "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers()) or "there is no node"
+
+
+def node_of(group: "PlacementGroup") -> str | None:
+    """The node on which a reservation lies, named as in `offers`; None while it has no place."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    facts = placement_group_table(group)
+    if facts.get("state") != "CREATED":
+        return None
+    (node,) = facts["bundles_to_node_id"].values()
+    return next((_name(n) for n in ray.nodes() if n["NodeID"] == node), node)
 
 
 def _ready(group: "PlacementGroup", seconds: float) -> bool:

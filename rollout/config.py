@@ -33,7 +33,9 @@ class RolloutConfig(Config):
     """Rows a worker decodes at once (at least 8, so that a row's arithmetic does not depend on its company)."""
     resources: Resources = Resources()
     timeout_seconds: float = Field(default=600.0, gt=0)
-    """How long one group may take before its worker counts as lost and the group runs elsewhere."""
+    """How long one group, or loading new weights, may take before the worker counts as lost and is replaced."""
+    health_seconds: float = Field(default=30.0, gt=0)
+    """How long a worker may give no sign of life (a stopped process, a node without network) before it is replaced."""
 
 
 class RewardBase(Config):

@@ -1,7 +1,7 @@
-"""The ledger: which group of a step is pending, running, generated, scored or trained.
+"""The ledger: which group of a step is pending, running, generated, scored or trained, and where it runs.
 
 It decides nothing and holds no tensors of its own; it makes sure that each group of a step is counted exactly once,
-whatever happens to the workers that make it.
+whatever happens to the workers that make it, and that none comes from other weights than the step's.
 """
 
 from enum import StrEnum
@@ -11,7 +11,7 @@ from .records import Group
 
 
 class GroupState(StrEnum):
-    """A group's way through a step; it only moves forward, except back to pending when its worker is lost."""
+    """A group's way through a step; it only moves forward, except back to pending when nobody runs it any more."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -20,14 +20,19 @@ class GroupState(StrEnum):
     TRAINED = "trained"
 
 
-class Ledger:
-    """The groups of one step, by their place in the batch."""
+_ORDER = tuple(GroupState)
 
-    def __init__(self, step: int, size: int) -> None:
-        self.step = step
+
+class Ledger:
+    """The groups of one step, by their place in the batch; all of them must come from one weight version."""
+
+    def __init__(self, step: int, size: int, version: int, digest: str) -> None:
+        self.step, self.version, self.digest = step, version, digest
         self._state = dict.fromkeys(range(size), GroupState.PENDING)
+        self._counts = dict.fromkeys(GroupState, 0) | {GroupState.PENDING: size}
         self._groups: dict[int, Group] = {}
-        self._worker: dict[int, str] = {}
+        self._runners: dict[int, list[str]] = {}
+        """Group → the workers that have a copy of it; no entry where it is not running."""
         self.failures = dict.fromkeys(range(size), 0)
         """How often a group itself raised an error."""
         self.losses = dict.fromkeys(range(size), 0)
@@ -35,40 +40,60 @@ class Ledger:
 
     def pending(self) -> list[int]:
         """Groups that wait for a worker, in order."""
+        if not self._counts[GroupState.PENDING]:
+            return []
         return [i for i, state in self._state.items() if state is GroupState.PENDING]
+
+    def runners(self, index: int) -> tuple[str, ...]:
+        """The workers that have a copy of a running group."""
+        return tuple(self._runners.get(index, ()))
 
     def counts(self) -> dict[str, int]:
         """How many groups are in each state."""
-        return {state.value: sum(s is state for s in self._state.values()) for state in GroupState}
+        return {state.value: count for state, count in self._counts.items()}
 
     def complete(self, state: GroupState) -> bool:
         """Whether every group has reached a state."""
-        order = list(GroupState)
-        return all(order.index(s) >= order.index(state) for s in self._state.values())
+        return not any(self._counts[before] for before in _ORDER[: _ORDER.index(state)])
 
     def dispatch(self, index: int, worker: str) -> None:
         """A worker took a pending group."""
         self._move(index, GroupState.PENDING, GroupState.RUNNING)
-        self._worker[index] = worker
+        self._runners[index] = [worker]
 
-    def failed(self, index: int) -> None:
-        """A running group raised an error: it is pending again."""
-        self._move(index, GroupState.RUNNING, GroupState.PENDING)
+    def duplicate(self, index: int, worker: str) -> None:
+        """Another worker took a copy of a running group; whichever comes first counts."""
+        if self._state[index] is not GroupState.RUNNING or worker in self._runners[index]:
+            raise RunFailed(f"{self._place(index)} is {self._state[index]} and cannot be given to {worker} as well")
+        self._runners[index].append(worker)
+
+    def failed(self, index: int, worker: str) -> None:
+        """A copy raised an error; without another copy the group is pending again."""
         self.failures[index] += 1
+        self._leave(index, worker)
 
     def lost(self, worker: str) -> list[int]:
-        """A worker is gone: its running groups are pending again. Returns them."""
-        mine = [i for i, w in self._worker.items() if w == worker and self._state[i] is GroupState.RUNNING]
+        """A worker is gone: what it alone was running is pending again. Returns those."""
+        mine = [index for index, workers in self._runners.items() if worker in workers]
         for index in mine:
-            self._state[index] = GroupState.PENDING
             self.losses[index] += 1
-        return mine
+            self._leave(index, worker)
+        return [index for index in mine if self._state[index] is GroupState.PENDING]
 
     def generated(self, group: Group) -> bool:
-        """A group came back. False when it had already come back from elsewhere and this copy is to be ignored."""
-        if self._state[group.index] in (GroupState.GENERATED, GroupState.SCORED, GroupState.TRAINED):
+        """A group came back. False when it had already come back from elsewhere and this copy is to be ignored.
+
+        Raises `RunFailed` for one from another weight version than the step's.
+        """
+        if (group.version, group.digest) != (self.version, self.digest):
+            raise RunFailed(
+                f"{self._place(group.index)} came back from weight version {group.version} ({group.digest[:12]}), "
+                f"the step is on {self.version} ({self.digest[:12]})"
+            )
+        if self._state[group.index] not in (GroupState.PENDING, GroupState.RUNNING):
             return False
-        self._state[group.index] = GroupState.GENERATED
+        self._set(group.index, GroupState.GENERATED)
+        self._runners.pop(group.index, None)
         self._groups[group.index] = group
         return True
 
@@ -86,10 +111,23 @@ class Ledger:
         """The groups in their order in the step, never in order of arrival."""
         return [self._groups[i] for i in sorted(self._groups)]
 
+    def _leave(self, index: int, worker: str) -> None:
+        self._runners[index].remove(worker)
+        if not self._runners[index]:
+            del self._runners[index]
+            self._move(index, GroupState.RUNNING, GroupState.PENDING)
+
     def _move(self, index: int, before: GroupState, after: GroupState) -> None:
         if self._state[index] is not before:
             raise RunFailed(
-                f"step {self.step}, group {index}: cannot become {after} from {self._state[index]}: "
-                "it would be counted twice"
+                f"{self._place(index)}: cannot become {after} from {self._state[index]}: it would be counted twice"
             )
-        self._state[index] = after
+        self._set(index, after)
+
+    def _set(self, index: int, state: GroupState) -> None:
+        self._counts[self._state[index]] -= 1
+        self._counts[state] += 1
+        self._state[index] = state
+
+    def _place(self, index: int) -> str:
+        return f"step {self.step}, group {index}"

@@ -1,315 +1,237 @@
-"""The elastic pool: rollout workers that join, leave and die while groups go on being generated.
+"""The elastic pool: groups are generated while rollout workers join, leave, hang and die.
 
 It decides who gets which group; what a group yields depends on its seed key alone, so the result is the same for any
-number of workers and any of their deaths.
+number of workers, any of their deaths, and whoever is first with a group that two of them run.
 """
 
-import queue
-import threading
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ..cluster import calls
-from ..cluster.errors import DoesNotFit, InputError, RaylignError, RunFailed, WorkerLost
-from ..cluster.placement import place, release
+from ..cluster.calls import Wait
+from ..cluster.errors import InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.weights import WeightVersion
+from .fleet import LOOK_SECONDS, Fleet, Note
 from .ledger import GroupState, Ledger
-from .pool_rules import MAX_FAILURES, assign, give_up, moves, pause
+from .member import Member, Run
+from .pool_rules import Running, assign, give_up, longest_first, overdue, prompt_key
 from .records import Group
 from .worker import RolloutActor, WorkerSpec
 
-CLOSE_SECONDS = 15.0
-"""How long `close` waits for workers on their way to notice that they are not wanted."""
-
-Note = Callable[..., None]
-"""Told what happened: `note(kind, **fields)`."""
+Tick = Callable[[], None]
+"""Called at least twice a second during a wait; what it raises ends the wait."""
 
 
 @dataclass(slots=True)
-class Member:
-    """A worker that has proved its weights."""
+class Work:
+    """The step under way."""
 
-    name: str
-    actor: Any
-    placement: Any
-    version: int = -1
-    """The weight version it has proved last; none yet is -1."""
-    draining: bool = False
-    running: dict[Any, tuple[int, float]] = field(default_factory=dict)
-    """Reference of a call → the group's index and when it was dispatched."""
+    ledger: Ledger
+    tasks: dict[int, Group]
+    rank: dict[int, int]
+    """Group → its place in the order of dispatch."""
+    seconds: list[float] = field(default_factory=list)
+    """How long the groups that are done took."""
 
 
 class RolloutPool:
-    """Keeps `target` workers, gives them groups, and replaces the lost. One thread calls it."""
+    """Generates groups on a fleet of workers that changes meanwhile. One thread calls it.
 
-    def __init__(self, *, prefix: str, spec: WorkerSpec, wait_seconds: float, note: Note) -> None:
-        self._prefix, self._spec, self._wait_seconds, self._note = prefix, spec, wait_seconds, note
-        self._members: dict[str, Member] = {}
-        self._joining: dict[str, Any] = {}
-        """Name → actor, or None before it is placed; in the order of their start."""
-        self._unwanted: set[str] = set()
-        self._arrivals: queue.SimpleQueue[tuple[str, Member | RaylignError]] = queue.SimpleQueue()
-        self._weights: WeightVersion | None = None
-        self._started = 0
-        self._failed_starts = 0
-        self._join_after = 0.0
-        self._last_loss = ""
-        self.restarts = 0
-        self.target = spec.config.workers.start
+    `role` is the class of their actors: `RolloutActor`, or one with its methods.
+    """
+
+    def __init__(
+        self, *, prefix: str, spec: WorkerSpec, wait_seconds: float, note: Note, role: type = RolloutActor
+    ) -> None:
+        self._bounds, self._note = spec.config.workers, note
+        self._fleet = Fleet(prefix, spec, role, wait_seconds=wait_seconds, note=note, on_lost=self._on_lost)
+        self._work: Work | None = None
+        self._done: deque[Group] = deque()
+        self._yielded: dict[int, int] = {}
+        """Prompt → tokens of the longest completion it gave the last time."""
+        self._calls = itertools.count()
+        self._fatal: RaylignError | None = None
 
     @property
     def size(self) -> int:
-        """Workers that take groups now."""
-        return sum(not m.draining for m in self._members.values())
+        """Workers that have proved themselves and are not leaving."""
+        return len(self._fleet.ready())
 
-    def start(self, weights: WeightVersion, *, tick: Callable[[], None]) -> None:
+    @property
+    def target(self) -> int:
+        """Workers that are asked for."""
+        return self._fleet.target
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker was replaced."""
+        return self._fleet.restarts
+
+    def start(self, weights: WeightVersion, *, tick: Tick) -> None:
         """Bring up the first workers with a version; those that find no place beyond the least are not waited for.
 
         Raises `RunFailed` or `DoesNotFit` when they cannot be had.
         """
-        self._weights = weights
-        self._reconcile()
-        while self.size < self.target and not (self._failed_starts and self.size >= self._spec.config.workers.min):
-            tick()
-            self._admit(timeout=0.2)
-            self._reconcile()
+        self._fleet.set_weights(weights)
+        self._fleet.reconcile()
+        while self.size < self.target and not (self.size >= self._bounds.min and self._fleet.held_up()):
+            self._turn(tick, least=self._bounds.min)
 
     def scale(self, target: int) -> int:
         """Ask for another number of workers, within the recipe's bounds; returns what is asked for now."""
-        bounds = self._spec.config.workers
-        self.target = min(max(target, bounds.min), bounds.max)
-        self._reconcile()
+        self._fleet.target = min(max(target, self._bounds.min), self._bounds.max)
+        self._fleet.reconcile()
         return self.target
 
     def advance(self) -> None:
-        """Take in who has arrived and move on towards the target; for the phases in which nothing is generated."""
-        self._admit(timeout=0)
-        self._reconcile()
+        """Take in what has come and move on, without waiting; for the phases in which nothing is generated."""
+        self._fleet.inbox.take(0)
+        self._fleet.look()
 
-    def set_weights(self, weights: WeightVersion) -> None:
-        """Give every worker a new version and have each prove its digest; one that does not is replaced.
+    def set_weights(self, weights: WeightVersion, *, tick: Tick) -> None:
+        """Make a version the one to generate from; returns when the first worker has proved its digest.
 
-        Raises `RunFailed` when all of them refuse it: then the version is wrong, not a worker.
+        The others go on proving: who has not is given no groups, who does not in time is replaced. Raises `RunFailed`
+        when all of them refuse it: then the version is wrong, not a worker.
         """
-        self._weights = weights
-        refs = {m.name: m.actor.set_weights.remote(weights) for m in self._members.values()}
-        refused = 0
-        for name, ref in refs.items():
-            try:
-                self._prove(self._members[name], ref, weights)
-            except RaylignError as error:
-                refused += not isinstance(error, WorkerLost)
-                if refused == len(refs):
-                    raise RunFailed(
-                        f"every rollout worker refuses weight version {weights.version}, lastly: {error}"
-                    ) from error
-                self._lose(self._members[name], str(error), None)
-        self.advance()
+        self._fleet.set_weights(weights)
+        while not any(m.version == weights.version for m in self._fleet.ready()):
+            self._turn(tick)
 
-    def generate(self, groups: list[Group], ledger: Ledger, *, tick: Callable[[], None]) -> Iterator[Group]:
-        """Yield each group once, with its completions, as it is done. `tick` is called at least twice a second.
+    def generate(self, groups: Sequence[Group], ledger: Ledger, *, tick: Tick) -> Iterator[Group]:
+        """Yield each group once, with its completions, as it is done. The ledger names the weights they come from.
 
         Raises `RunFailed` when no worker is left and none can come, or a group fails everywhere.
         """
-        import ray
+        self._require(ledger)
+        tasks = {g.index: replace(g, version=ledger.version, digest=ledger.digest) for g in groups}
+        order = longest_first(groups, self._yielded)
+        self._work = Work(ledger, tasks, rank={index: place for place, index in enumerate(order)})
+        try:
+            while not ledger.complete(GroupState.GENERATED) or self._done:
+                self._dispatch()
+                if not self._done:
+                    self._turn(tick)
+                while self._done:
+                    yield self._done.popleft()
+        finally:
+            self._work = None
+            self._done.clear()
+            for member in self._fleet.members.values():
+                self._abandon(member, [call for call, _ in member.wanted()])
 
-        weights = self._weights
-        assert weights is not None, "start() gives the first weights"
-        tasks = {g.index: replace(g, version=weights.version, digest=weights.digest) for g in groups}
-        while not ledger.complete(GroupState.GENERATED):
-            tick()
-            self.advance()
-            self._dispatch(tasks, ledger)
-            refs = [ref for m in self._members.values() for ref in m.running]
-            if not refs:
-                self._admit(timeout=0.2)
-                continue
-            done, _ = ray.wait(refs, num_returns=1, timeout=0.3)
-            more = ray.wait(refs, num_returns=len(refs), timeout=0)[0] if done else []
-            for ref in more:
-                yield from self._collect(ref, ledger)
-            self._check_deadlines(ledger)
+    def waiting(self) -> list[Wait]:
+        """What is waited for from each worker now."""
+        return self._fleet.waiting()
 
     def close(self) -> None:
         """End every worker, those on their way too."""
-        for member in list(self._members.values()):
-            self._remove(member)
-        self._unwanted.update(self._joining)
-        give_up = time.monotonic() + CLOSE_SECONDS
-        while self._joining and time.monotonic() < give_up:
-            calls.end([actor for actor in list(self._joining.values()) if actor is not None])
-            self._admit(timeout=0.2)
+        self._fleet.close()
 
-    def _dispatch(self, tasks: dict[int, Group], ledger: Ledger) -> None:
-        """Give each pending group to the worker with the fewest, as far as its slots go."""
-        pending = ledger.pending()
-        for index in pending:
-            if why := give_up(ledger, index, self._last_loss):
-                raise RunFailed(why)
-        load = {m.name: len(m.running) for m in self._members.values() if not m.draining}
-        for index, name in assign(pending, load, self._capacity()):
-            member = self._members[name]
-            ledger.dispatch(index, name)
-            member.running[member.actor.generate.remote(tasks[index])] = (index, time.monotonic())
+    def _require(self, ledger: Ledger) -> None:
+        current = self._fleet.weights
+        if current is None or (current.version, current.digest) != (ledger.version, ledger.digest):
+            have = f"version {current.version}" if current else "none"
+            raise RunFailed(f"step {ledger.step} is to come from weight version {ledger.version}, workers have {have}")
 
-    def _capacity(self) -> int:
-        """Groups that a worker has at once."""
-        return max(1, self._spec.config.slots // self._spec.config.group_size)
-
-    def _collect(self, ref: Any, ledger: Ledger) -> Iterator[Group]:
-        member = next((m for m in self._members.values() if ref in m.running), None)
-        if member is None:  # its worker was lost while an earlier result was taken in
-            return
-        index, _ = member.running.pop(ref)
-        try:
-            group = calls.get(ref, actor=member.name, what=f"step {ledger.step} group {index}", timeout=30)
-        except RunFailed as error:
-            own = not isinstance(error, WorkerLost)
-            if own:
-                ledger.failed(index)
-            self._lose(member, str(error), ledger, failed=[index] if own else [])
-            return
-        if ledger.generated(group):
-            yield group
-
-    def _check_deadlines(self, ledger: Ledger) -> None:
-        limit = self._spec.config.timeout_seconds
-        for member in list(self._members.values()):
-            late = [i for i, since in member.running.values() if time.monotonic() - since > limit]
-            if late:
-                self._lose(member, f"{member.name} had group {late[0]} for more than {limit:.0f} s", ledger)
-
-    def _reconcile(self) -> None:
-        """Move towards the target: start what is missing, drain what is too much, end what has drained."""
-        ready = [m.name for m in self._members.values() if not m.draining]
-        due = moves(self.target, ready, [name for name in self._joining if name not in self._unwanted])
-        for _ in range(due.start if time.monotonic() >= self._join_after else 0):
-            self._begin_join()
-        self._unwanted.update(due.unwanted)
-        for name in due.drain:
-            self._members[name].draining = True
-            self._note("worker_draining", worker=name)
-        for member in [m for m in self._members.values() if m.draining and not m.running]:
-            self._remove(member)
-            self._note("worker_left", worker=member.name)
-
-    def _begin_join(self) -> None:
-        name = f"{self._prefix}rollout-{self._started}"
-        self._started += 1
-        self._joining[name] = None
-        self._note("worker_joining", worker=name)
-        self._in_thread(name, None)
-
-    def _in_thread(self, name: str, member: Member | None) -> None:
-        threading.Thread(target=self._join, args=(name, member), name=f"join {name}", daemon=True).start()
-
-    def _join(self, name: str, member: Member | None) -> None:
-        """Place and start one worker and have it prove the newest weights, or just the last for one that is there.
-
-        Off the loop's thread: it takes seconds and must not hold up a step.
-        """
-        placement = member.placement if member else None
-        try:
-            if member is None:
-                placement = self._place(name)
-                member = self._begin(name, placement)
-            while (weights := self._weights) and member.version != weights.version:
-                self._prove(member, member.actor.set_weights.remote(weights), weights)
-            self._arrivals.put((name, member))
-        except Exception as error:  # noqa: BLE001  the loop's thread decides what it means; here nobody would hear of it
-            if actor := self._joining.get(name):
-                calls.end([actor])
-            if placement is not None:
-                release(placement)
-            known = isinstance(error, RaylignError)
-            self._arrivals.put((name, error if known else WorkerLost(f"{name} could not start: {error!r}")))
-
-    def _place(self, name: str) -> Any:
-        resources = self._spec.config.resources
-        return place(name, resources, timeout=self._wait_seconds, cancelled=lambda: name in self._unwanted)
-
-    def _begin(self, name: str, placement: Any) -> Member:
-        """Start a worker's actor and its engine. Raises what the engine raises, `WorkerLost` when the actor dies."""
-        actor = self._create(name, placement)
-        self._joining[name] = actor
-        calls.get(actor.build.remote(), actor=name, what="loading the model", timeout=self._wait_seconds)
-        return Member(name=name, actor=actor, placement=placement)
-
-    def _create(self, name: str, placement: Any) -> Any:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        config = self._spec.config
-        return (
-            ray.remote(RolloutActor)
-            .options(
-                name=name,
-                num_cpus=config.resources.cpus,
-                num_gpus=config.resources.gpus,
-                max_concurrency=self._capacity() + 2,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
-            )
-            .remote(name, self._spec)
-        )
-
-    def _prove(self, member: Member, ref: Any, weights: WeightVersion) -> None:
-        """Wait until a worker has a version. Raises `WorkerLost`, or what the worker raises on a wrong digest."""
-        digest = calls.get(
-            ref, actor=member.name, what=f"loading weight version {weights.version}", timeout=self._wait_seconds
-        )
-        if digest != weights.digest:
-            raise RunFailed(f"{member.name} holds weights {digest[:12]}, not {weights.digest[:12]}")
-        member.version = weights.version
-
-    def _admit(self, timeout: float) -> None:
-        """Take in a worker that has joined; one that is a version behind is sent to catch up, and not waited for."""
-        try:
-            name, arrival = self._arrivals.get(timeout=timeout) if timeout else self._arrivals.get_nowait()
-        except queue.Empty:
-            return
-        behind = isinstance(arrival, Member) and self._weights and arrival.version != self._weights.version
-        if isinstance(arrival, Member) and behind and name not in self._unwanted:
-            self._in_thread(name, arrival)
-            return
-        del self._joining[name]
-        if name in self._unwanted:
-            self._turn_away(name, arrival)
-        elif isinstance(arrival, RaylignError):
-            self._start_failed(name, arrival)
-        else:
-            self._members[name] = arrival
-            self._failed_starts = 0
-            self._note("worker_joined", worker=name, version=arrival.version)
-
-    def _start_failed(self, name: str, error: RaylignError) -> None:
-        """Count a start that failed. Raises its error where no worker works and trying again would not help."""
-        self._failed_starts += 1
-        self._note("worker_failed", worker=name, reason=str(error))
-        self._join_after = time.monotonic() + pause(self._failed_starts)
-        placed = any(actor is not None for actor in self._joining.values())
-        hopeless = self._failed_starts >= MAX_FAILURES or isinstance(error, InputError)
-        if (hopeless or (isinstance(error, DoesNotFit) and not placed)) and not self._members:
+    def _turn(self, tick: Tick, least: int = 1) -> None:
+        """Wait shortly for what comes and act on it. Raises what ends the run."""
+        tick()
+        self._fleet.inbox.take(LOOK_SECONDS)
+        if self._fleet.look():
+            self._duplicate(time.monotonic())
+        if error := self._fatal or self._fleet.fatal:
             raise error
+        self._fleet.refuse_to_wait_for_places(least)
 
-    def _turn_away(self, name: str, arrival: "Member | RaylignError") -> None:
-        """One that was asked for no longer has arrived, or has given up."""
-        self._unwanted.discard(name)
-        if isinstance(arrival, Member):
-            calls.end([arrival.actor])
-            release(arrival.placement)
-        self._note("worker_left", worker=name)
+    def _dispatch(self) -> None:
+        """Give each pending group, the longest expected first, to the worker with the fewest, as far as slots go."""
+        work = self._work
+        if not work or not (pending := work.ledger.pending()):
+            return
+        pending.sort(key=work.rank.__getitem__)
+        load = self._fleet.load(work.ledger.version, time.monotonic())
+        for index, name in assign(pending, load, self._fleet.capacity):
+            work.ledger.dispatch(index, name)
+            self._give(work, index, name)
 
-    def _lose(self, member: Member, reason: str, ledger: Ledger | None, failed: Sequence[int] = ()) -> None:
-        """Replace a worker; its groups and those that `failed` on it run again elsewhere."""
-        again = sorted([*failed, *(ledger.lost(member.name) if ledger else [])])
-        self._remove(member)
-        self.restarts += 1
-        self._last_loss = reason
-        self._note("worker_lost", worker=member.name, reason=reason, groups=again)
+    def _duplicate(self, now: float) -> None:
+        """With nothing left to give out, have groups that take long run on another worker too."""
+        work = self._work
+        if not work or work.ledger.pending():
+            return
+        running = [
+            Running(run.index, now - run.since, answers=not self._fleet.silent(member, now))
+            for member in self._fleet.members.values()
+            for _, run in member.wanted()
+        ]
+        slow = overdue(running, work.seconds)
+        barred = {index: work.ledger.runners(index) for index in slow}
+        load = self._fleet.load(work.ledger.version, now)
+        for index, name in assign(slow, load, self._fleet.capacity, barred):
+            self._note("group_duplicated", step=work.ledger.step, group=index, slow=barred[index], worker=name)
+            work.ledger.duplicate(index, name)
+            self._give(work, index, name)
 
-    def _remove(self, member: Member) -> None:
-        del self._members[member.name]
-        calls.end([member.actor])
-        release(member.placement)
+    def _give(self, work: Work, index: int, name: str) -> None:
+        member, call = self._fleet.members[name], next(self._calls)
+        member.runs[call] = Run(index, work.ledger.step)
+        ref = member.actor.generate.remote(work.tasks[index], call)
+        self._fleet.inbox.expect(ref, partial(self._on_group, work, member, call))
+
+    def _on_group(self, work: Work, member: Member, call: int, future: "Future[Any]") -> None:
+        run = member.runs.pop(call, None)
+        if run is None:  # its worker was dropped before
+            return
+        member.heard = time.monotonic()
+        if run.wanted:
+            self._take(work, member, run, future)
+
+    def _take(self, work: Work, member: Member, run: Run, future: "Future[Any]") -> None:
+        """Count a group that came back; a worker that failed with it is replaced, and the group runs again."""
+        copies = work.ledger.runners(run.index)
+        try:
+            group = calls.outcome(future, actor=member.name, what=f"step {run.step} group {run.index}")
+            work.ledger.generated(group)
+        except WorkerLost as error:
+            self._fleet.drop(member, error)
+        except InputError as error:  # it would be the same everywhere
+            self._fatal = error
+        except RaylignError as error:
+            work.ledger.failed(run.index, member.name)
+            self._fleet.drop(member, error)
+            self._give_up(work, [run.index], error)
+        else:
+            work.seconds.append(time.monotonic() - run.since)
+            self._yielded[prompt_key(group)] = max((len(s.tokens) for s in group.samples), default=0)
+            self._done.append(group)
+            self._abandon_copies(run.index, [name for name in copies if name != member.name])
+
+    def _abandon_copies(self, index: int, workers: Sequence[str]) -> None:
+        for member in map(self._fleet.members.__getitem__, workers):
+            self._abandon(member, [call for call, run in member.wanted() if run.index == index])
+
+    def _abandon(self, member: Member, open_calls: Sequence[int]) -> None:
+        for call in open_calls:
+            member.runs[call].wanted = False
+            member.actor.abort.remote(call)
+
+    def _on_lost(self, member: Member, error: RaylignError) -> list[int]:
+        """What a lost worker alone was running is pending again."""
+        member.runs.clear()
+        if self._work is None:
+            return []
+        again = self._work.ledger.lost(member.name)
+        self._give_up(self._work, again, error)
+        return again
+
+    def _give_up(self, work: Work, indices: Sequence[int], error: RaylignError) -> None:
+        for index in indices:
+            if why := give_up(work.ledger, index, str(error)):
+                self._fatal = RunFailed(why)

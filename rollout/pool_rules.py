@@ -5,8 +5,11 @@ Imports neither ray nor the pool.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from statistics import fmean, median
 
 from .ledger import Ledger
+from .records import Group
 
 MAX_FAILURES = 4
 """How often a group may raise an error, or workers in a row fail to start, before the run fails."""
@@ -15,7 +18,14 @@ MAX_LOSSES = 20
 """How often a group may lose its worker: more, since it can be the neighbours' doing, but a group whose prompt kills
 every worker must end."""
 
+COPIES = 2
+"""How many answering workers may run one group at a time."""
+
 _LONGEST_PAUSE = 60.0
+_SLOW = 2.0
+"""A group is slow when it takes this many times what the step's other groups took,"""
+_SLOW_SECONDS = 0.5
+"""and at least this long: shorter ones are not worth a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +46,74 @@ def moves(target: int, ready: Sequence[str], coming: Sequence[str]) -> Moves:
     )
 
 
-def assign(pending: Sequence[int], load: Mapping[str, int], capacity: int) -> list[tuple[int, str]]:
-    """Each pending group, in order, to the worker with the fewest, as far as `capacity` groups a worker go."""
-    load = dict(load)
+def longest_first(groups: Sequence[Group], yielded: Mapping[int, int]) -> list[int]:
+    """The groups' indices, the longest expected first, so that no long one is left for the end of a step.
+
+    A group is as long as its longest completion. Expected is what the same prompt gave the last time (`yielded`, by
+    `prompt_key`), for a new prompt the mean of those known; among equals the longer prompt, then the lower index.
+    """
+    usual = fmean(yielded.values()) if yielded else 0.0
+
+    def order(group: Group) -> tuple[float, int, int]:
+        return -yielded.get(prompt_key(group), usual), -len(group.prompt), group.index
+
+    return [group.index for group in sorted(groups, key=order)]
+
+
+def prompt_key(group: Group) -> int:
+    """What a prompt is remembered by, within one process."""
+    return hash(group.prompt.tobytes())
+
+
+def assign(
+    pending: Sequence[int], load: Mapping[str, int], capacity: int, barred: Mapping[int, Sequence[str]] | None = None
+) -> list[tuple[int, str]]:
+    """Each pending group, in order, to the worker with the fewest, as far as `capacity` groups a worker go.
+
+    `barred` names the workers that a group must not go to; such a group is left out when there is no other.
+    """
+    room = [(count, place, worker) for place, (worker, count) in enumerate(load.items()) if count < capacity]
+    heapify(room)
     given: list[tuple[int, str]] = []
     for index in pending:
-        worker = min((w for w in load if load[w] < capacity), key=lambda w: load[w], default=None)
-        if worker is None:
-            break
-        load[worker] += 1
-        given.append((index, worker))
+        refused = []
+        while room and room[0][2] in (barred or {}).get(index, ()):
+            refused.append(heappop(room))
+        if room:
+            count, place, worker = heappop(room)
+            given.append((index, worker))
+            if count + 1 < capacity:
+                heappush(room, (count + 1, place, worker))
+        for entry in refused:
+            heappush(room, entry)
     return given
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A copy of a group: since how many seconds it runs, and whether its worker gives a sign of life."""
+
+    index: int
+    seconds: float
+    answers: bool
+
+
+def overdue(running: Sequence[Running], finished: Sequence[float]) -> list[int]:
+    """Groups worth another copy, the slowest first; `finished` has the seconds of the step's other groups.
+
+    Those that take long compared with the others, and those whose workers are all silent; never more than `COPIES` on
+    workers that answer. Backup tasks as in MapReduce (Dean and Ghemawat 2004, section 3.6).
+    """
+    limit = max(_SLOW_SECONDS, _SLOW * median(finished)) if finished else float("inf")
+    copies: dict[int, list[Running]] = {}
+    for run in running:
+        copies.setdefault(run.index, []).append(run)
+    slow: list[tuple[float, int]] = []
+    for index, runs in copies.items():
+        answering = [r.seconds for r in runs if r.answers]
+        if not answering or (len(answering) < COPIES and min(answering) > limit):
+            slow.append((-max(r.seconds for r in runs), index))
+    return [index for _, index in sorted(slow)]
 
 
 def pause(failed_starts: int) -> float:

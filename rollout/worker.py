@@ -3,8 +3,9 @@
 `RolloutWorker` is plain and tests without Ray; `RolloutActor` is its shell.
 """
 
+import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class RolloutWorker:
         self._engine = EngineThread(self._build)
         self._weights: tuple[int, str] | None = None
         self._adapter: str | None = None
+        self._lock = threading.Lock()
+        """Between what begins, what is aborted and what the weights are."""
+        self._running: dict[int, tuple[str, Future[list[Completion]]]] = {}
+        self._aborted: set[int] = set()
+        """Calls that were aborted before they began, or just as they ended."""
 
     def _build(self) -> Any:
         import torch
@@ -65,53 +71,92 @@ class RolloutWorker:
         return engine
 
     def set_weights(self, weights: WeightVersion, tensors: Tensors) -> str:
-        """Load a version and return the digest of what was loaded. Raises `RunFailed` when it is another."""
-        adapter = bool(weights.config)
+        """Load a version and return the digest of what was loaded. Raises `RunFailed` when it is another.
+
+        What still runs is aborted: a new version comes between steps, so nobody waits for that copy any more.
+        """
         digest = version_digest(tensors, weights.config, weights.base)
         if digest != weights.digest:
             raise RunFailed(
                 f"{self.name} got weights {digest[:12]} for version {weights.version}, not {weights.digest[:12]}"
             )
-        if not adapter:
-            self._engine.call(lambda engine: engine.load_base(tensors)).result()
-        elif digest not in self._engine.call(lambda engine: engine.adapters()).result():
-            self._engine.call(lambda engine: engine.load_adapter(digest, tensors, weights.config)).result()
-            if self._adapter:
-                self._engine.call(lambda engine, old=self._adapter: engine.drop_adapter(old)).result()
-        self._adapter = digest if adapter else None
-        self._weights = (weights.version, digest)
+        with self._lock:
+            for call in self._running:
+                self._stop(call)
+            self._aborted.clear()
+            self._load(digest if weights.config else None, tensors, weights.config)
+            self._weights = (weights.version, digest)
         return digest
 
-    def generate(self, group: Group) -> Group:
-        """Draw the group's completions; blocks until they are done. The group names the version it must come from."""
+    def _load(self, adapter: str | None, tensors: Tensors, config: dict[str, Any]) -> None:
+        """Have the engine take tensors as an adapter under its digest, or as its base."""
+        if adapter is None:
+            self._engine.call(lambda engine: engine.load_base(tensors)).result()
+        elif adapter not in self._engine.call(lambda engine: engine.adapters()).result():
+            self._engine.call(lambda engine: engine.load_adapter(adapter, tensors, config)).result()
+            if self._adapter:
+                self._engine.call(lambda engine, old=self._adapter: engine.drop_adapter(old)).result()
+        self._adapter = adapter
+
+    def generate(self, group: Group, call: int) -> Group | None:
+        """Draw the group's completions; blocks until they are done, or None when the call was aborted.
+
+        The group names the version it must come from; `call` is a number that no other call has.
+        """
+        start = time.time()
+        with self._lock:
+            self._require(group)
+            if call in self._aborted:
+                return None
+            request = self._request(group, call)
+            completions = collect(self._engine, request)
+            self._running[call] = request.request_id, completions
+        try:
+            samples = tuple(self._sample(c) for c in completions.result())
+        except CancelledError:
+            return None
+        finally:
+            with self._lock:
+                self._running.pop(call, None)
+        return replace(group, samples=samples, worker=self.name, start=start, seconds=time.time() - start)
+
+    def abort(self, call: int) -> None:
+        """End a call for which nobody waits any more; one that has not begun will not."""
+        with self._lock:
+            if call in self._running:
+                self._stop(call)
+            else:
+                self._aborted.add(call)
+
+    def _stop(self, call: int) -> None:
+        request_id, completions = self._running[call]
+        self._engine.abort(request_id)
+        self._engine.call(lambda _: completions.cancel())  # on the engine's thread, so not while it sets the result
+
+    def _require(self, group: Group) -> None:
         if self._weights != (group.version, group.digest):
             raise RunFailed(
                 f"{self.name} has weights {self._weights}, step {group.step} group {group.index} needs version "
                 f"{group.version} ({group.digest[:12]})"
             )
-        start = time.time()
-        completions = self._submit(group).result()
-        samples = tuple(
-            Sample(
-                tokens=c.tokens,
-                logprobs=c.logprobs,
-                finish_reason=c.finish_reason,
-                text=self._tokenizer.decode(self._without_stop(c), skip_special_tokens=True),
-            )
-            for c in completions
-        )
-        return replace(group, samples=samples, worker=self.name, start=start, seconds=time.time() - start)
 
-    def _submit(self, group: Group) -> "Future[list[Completion]]":
-        request = GenerationRequest(
-            request_id=f"{group.step}/{group.index}",
+    def _request(self, group: Group, call: int) -> GenerationRequest:
+        return GenerationRequest(
+            request_id=f"{group.step}/{group.index}/{call}",
             prompt=group.prompt,
             sampling=self._spec.sampling(),
             seed=SeedKey(self._spec.seed, group.step, group.index),
             n=self._spec.config.group_size,
             adapter=self._adapter,
         )
-        return collect(self._engine, request)
+
+    def _sample(self, completion: Completion) -> Sample:
+        return Sample(
+            tokens=completion.tokens,
+            logprobs=completion.logprobs,
+            finish_reason=completion.finish_reason,
+            text=self._tokenizer.decode(self._without_stop(completion), skip_special_tokens=True),
+        )
 
     def _without_stop(self, completion: Completion) -> list[int]:
         tokens = completion.tokens.tolist()
@@ -133,10 +178,19 @@ class RolloutActor:
         self._worker = RolloutWorker(self._name, self._spec)
 
     def set_weights(self, weights: WeightVersion) -> str:
-        """Fetch a version, load it, report its digest."""
+        """Receive a version, load it, report its digest."""
         tensors = self._transport.receive(weights.parcel, self._name, timeout=self._spec.config.timeout_seconds)
         return self._worker.set_weights(weights, tensors)
 
-    def generate(self, group: Group) -> Group:
+    def generate(self, group: Group, call: int) -> Group | None:
         """Draw a group's completions."""
-        return self._worker.generate(group)
+        return self._worker.generate(group, call)
+
+    def abort(self, call: int) -> None:
+        """End a call of `generate` early."""
+        self._worker.abort(call)
+
+    def stay(self, seconds: float) -> None:
+        """Answer after so long: while the call is open Ray reports this actor's death at once, and an answer that does
+        not come shows that the process hangs."""
+        threading.Event().wait(seconds)

@@ -22,6 +22,7 @@ _FREE = {
     "checkpoint_every",
     "max_failures",
     "timeout_seconds",
+    "health_seconds",
 }
 """Keys that leave the result as it is, with all that lies under them."""
 

@@ -1,12 +1,57 @@
 """The pool's decisions, without workers."""
 
+import numpy as np
 from raylign.rollout.ledger import Ledger
-from raylign.rollout.pool_rules import MAX_FAILURES, MAX_LOSSES, Moves, assign, give_up, moves, pause
+from raylign.rollout.pool_rules import (
+    MAX_FAILURES,
+    MAX_LOSSES,
+    Moves,
+    Running,
+    assign,
+    give_up,
+    longest_first,
+    moves,
+    overdue,
+    pause,
+    prompt_key,
+)
+from raylign.rollout.records import Group
 
 
 def test_groups_go_in_order_to_the_least_loaded_worker_as_far_as_there_is_room() -> None:
     assert assign([4, 5, 6, 7], {"a": 1, "b": 0}, capacity=2) == [(4, "b"), (5, "a"), (6, "b")]
     assert assign([4], {}, capacity=2) == []
+
+
+def test_a_group_is_kept_from_the_workers_it_is_barred_from() -> None:
+    assert assign([4, 5], {"a": 0, "b": 1}, 2, {4: ("a",)}) == [(4, "b"), (5, "a")]
+    assert assign([4, 5], {"a": 0}, 2, {4: ("a",)}) == [(5, "a")]
+
+
+def test_the_longest_expected_go_first_and_a_new_prompt_counts_as_a_usual_one() -> None:
+    """Prompt 1 gave 30 tokens the last time, prompt 2 gave 10: a new one is expected to give 20."""
+    groups = [Group(step=0, index=i, prompt=np.full(n, p), row={}) for i, (p, n) in enumerate([(2, 3), (3, 1), (1, 3)])]
+    assert longest_first(groups, {prompt_key(groups[2]): 30, prompt_key(groups[0]): 10}) == [2, 1, 0]
+
+
+def test_of_prompts_that_nothing_is_known_of_the_longer_go_first_and_of_equals_the_lower_index() -> None:
+    groups = [Group(step=0, index=i, prompt=np.full(n, i), row={}) for i, n in enumerate([2, 5, 2, 9])]
+    assert longest_first(groups, {}) == [3, 1, 0, 2]
+
+
+def test_a_group_is_slow_at_twice_the_usual_time_and_not_below_half_a_second() -> None:
+    running = [Running(0, 5.9, True), Running(1, 6.1, True), Running(2, 7.0, True)]
+    assert overdue(running, [1.0, 3.0, 9.0]) == [2, 1]
+    assert overdue([Running(0, 0.4, True), Running(1, 0.6, True)], [0.01]) == [1]
+    assert overdue(running, []) == []
+
+
+def test_a_group_has_at_most_two_copies_on_workers_that_answer() -> None:
+    twice = [Running(0, 60.0, True), Running(0, 50.0, True)]
+    assert overdue(twice, [1.0]) == []
+    assert overdue([Running(0, 60.0, True), Running(0, 0.1, True)], [1.0]) == []
+    assert overdue([Running(0, 60.0, False), Running(0, 50.0, False)], []) == [0]
+    assert overdue([Running(0, 60.0, False), Running(0, 50.0, True)], [1.0]) == [0]
 
 
 def test_joining_workers_are_given_up_before_ready_ones_are_drained() -> None:
@@ -21,12 +66,12 @@ def test_the_pause_between_starts_doubles_up_to_a_minute_whatever_the_count() ->
 
 
 def test_a_group_is_given_up_for_its_own_errors_long_before_it_is_for_lost_workers() -> None:
-    ledger = Ledger(4, 2)
+    ledger = Ledger(4, 2, 0, "")
     for attempt in range(MAX_FAILURES):
         assert give_up(ledger, 0, "") is None
         ledger.dispatch(0, f"w{attempt}")
         ledger.dispatch(1, f"w{attempt}")
-        ledger.failed(0)
+        ledger.failed(0, f"w{attempt}")
         ledger.lost(f"w{attempt}")
     assert give_up(ledger, 0, "boom") == "step 4, group 0: failed on 4 workers, lastly: boom"
     for attempt in range(MAX_FAILURES, MAX_LOSSES):

@@ -5,17 +5,19 @@ gives out groups, the ledger counts them. What a step yields depends on the seed
 
 A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
 lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
-of a checkpoint agree; those waits end by their time-outs.
+of a checkpoint agree; those waits end by their time-outs. Workers come, go and are replaced during all of them.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...cluster.calls import Wait
 from ...cluster.errors import RaylignError, RunFailed
 from ...cluster.rundir import RunDir
 from ...cluster.weights import WeightStore, WeightVersion
@@ -40,6 +42,10 @@ class Prompt:
     row: dict[str, Any]
 
 
+_HEADLINES = ("reward/mean", "kl", "entropy", "loss")
+"""The metrics that `raylign status` shows."""
+
+
 class OnlineLoop:
     """Trains one stage; `run` returns the finished steps, `stopped` says whether it was asked to end early."""
 
@@ -60,8 +66,10 @@ class OnlineLoop:
         self._roles, self._pool, self._run = roles, pool, run
         self._checkpoints, self._seed, self._on_metrics = checkpoints, seed, on_metrics
         self._weights = WeightStore()
-        self._ledger = Ledger(0, 0)
+        self._ledger = Ledger(0, 0, 0, "")
         self._phases: dict[str, float] = {}
+        self._now: Wait | None = None
+        """The phase under way."""
         self._last_tick = 0.0
         self._saved: int | None = None
         self._begun = False
@@ -90,6 +98,7 @@ class OnlineLoop:
             self._restore()
             self._pool.start(self._weights.current, tick=self._tick)
             while self.step < self._stage.steps:
+                stop_if_asked(self._run)
                 self._follow()
                 self._train_step(self.step)
                 self.step += 1
@@ -101,6 +110,7 @@ class OnlineLoop:
                 self._checkpoint()
         except RaylignError as error:
             raise type(error)(f"{error}; {self._way_on()}") from error
+        self._run.update_status(waiting=[])
 
     def _way_on(self) -> str:
         if self._saved is None:
@@ -127,7 +137,8 @@ class OnlineLoop:
                 Group(step=step, index=i, prompt=self._prompts[row].ids, row=self._prompts[row].row)
                 for i, row in enumerate(rows)
             ]
-            self._ledger = Ledger(step, len(tasks))
+            weights = self._weights.current
+            self._ledger = Ledger(step, len(tasks), weights.version, weights.digest)
             for _ in self._pool.generate(tasks, self._ledger, tick=self._tick):
                 self._tick()
         groups = self._ledger.batch()
@@ -167,13 +178,14 @@ class OnlineLoop:
 
     def _update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         with self._phase("update", lane="policy-0"):
-            return self._roles.update(samples, step)
+            return self._roles.update(samples, step, tick=self._look_after)
 
     def _publish(self, version: int, *, changed: bool) -> None:
-        """Make the policy's weights the next version and have every rollout worker prove that it holds them."""
+        """Make the policy's weights the next version; rollout workers prove that they hold it, the first right now."""
         with self._phase("publish", lane="policy-0"):
-            self._weights.publish(self._roles.publish(version), changed=changed)
-            self._pool.set_weights(self._weights.current)
+            published = self._roles.publish(version, tick=self._look_after)
+            self._weights.publish(published, changed=changed)
+            self._pool.set_weights(published, tick=self._look_after)
 
     def _record(self, step: int, groups: list[Group], varies: np.ndarray, learned: dict[str, float]) -> None:
         sound = [g for g in groups if not g.error]
@@ -199,8 +211,8 @@ class OnlineLoop:
         if checkpoint:
             self.step = self._saved = checkpoint.step
             self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
-            self._roles.load(checkpoint.path)
-        published = self._weights.publish(self._roles.publish(self.step), changed=False)
+            self._roles.load(checkpoint.path, tick=self._tick)
+        published = self._weights.publish(self._roles.publish(self.step, tick=self._tick), changed=False)
         if checkpoint:
             self._refuse_another(checkpoint, digest=published.digest)
             self._run.event("resumed", stage=self._name, step=checkpoint.step)
@@ -227,7 +239,8 @@ class OnlineLoop:
         current = self._weights.current
         state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
         state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
-        write_checkpoint(self._checkpoints, self.step, state, self._roles.save)
+        with self._phase("checkpoint"):
+            write_checkpoint(self._checkpoints, self.step, state, partial(self._roles.save, tick=self._look_after))
         self._saved = self.step
         self._run.event("checkpoint", stage=self._name, step=self.step)
 
@@ -242,22 +255,25 @@ class OnlineLoop:
         )
 
     def _tick(self) -> None:
-        """At most twice a second: follow what users ask for and say where the run is. Raises `StopRequested`.
-
-        Before the first weights there is nothing to scale and nothing to say.
-        """
-        if time.monotonic() - self._last_tick < 0.5:
-            return
-        self._last_tick = time.monotonic()
-        if not self._begun:
+        """At most twice a second: hear a request to stop, and look after the run. Raises `StopRequested`."""
+        if self._due():
             stop_if_asked(self._run)
-            return
-        self._follow()
-        self._say(self.step)
+            self._look_after()
+
+    def _look_after(self) -> None:
+        """At most twice a second: follow a request to scale, replace who is lost, say where the run is."""
+        if self._due():
+            self._last_tick = time.monotonic()
+            self._follow()
+            self._say(self.step)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._last_tick >= 0.5
 
     def _follow(self) -> None:
-        """Do what users ask for: stop or scale; every step begins with it. Raises `StopRequested`."""
-        stop_if_asked(self._run)
+        """Have as many workers as users ask for, and take in those that have come."""
+        if not self._begun:
+            return
         wanted = self._run.desired().get("rollout")
         if wanted and wanted != self._pool.target:
             before = self._pool.target
@@ -266,31 +282,44 @@ class OnlineLoop:
         self._pool.advance()
 
     def _say(self, step: int) -> None:
-        workers = {"rollout": self._pool.size} | self._roles.counts()
-        self._run.update_status(
-            stage=self._name,
-            step=step,
-            steps=self._stage.steps,
-            workers=workers,
-            wanted={"rollout": self._pool.target},
-            groups=self._ledger.counts() if not self._ledger.complete(GroupState.TRAINED) else {},
-            metrics={k: v for k, v in self.last_metrics.items() if k in ("reward/mean", "kl", "entropy", "loss")},
-        )
+        """Write where the run is and what it waits for; before the first weights there is nothing but waits to tell."""
+        told: dict[str, Any] = {"waiting": [asdict(wait) for wait in self._waiting()]}
+        if self._begun:
+            told |= {
+                "stage": self._name,
+                "step": step,
+                "steps": self._stage.steps,
+                "workers": {"rollout": self._pool.size} | self._roles.counts(),
+                "wanted": {"rollout": self._pool.target},
+                "groups": self._ledger.counts() if not self._ledger.complete(GroupState.TRAINED) else {},
+                "metrics": {k: v for k, v in self.last_metrics.items() if k in _HEADLINES},
+            }
+        self._run.update_status(**told)
+
+    def _waiting(self) -> list[Wait]:
+        """What actors are at for the run, and the phase of the step until one has begun something for it."""
+        waits = [*self._roles.waiting(), *self._pool.waiting()]
+        if self._now and all(wait.since < self._now.since for wait in waits):
+            waits.append(self._now)
+        return waits
 
     def _phase(self, name: str, lane: str | None = None) -> "_Phase":
         return _Phase(self, name, lane)
 
 
 class _Phase:
-    """Times a phase of a step, and notes it as a span of the lane that works in it."""
+    """Says that a phase of a step begins, times it, and notes it as a span of the lane that works in it."""
 
     def __init__(self, loop: OnlineLoop, name: str, lane: str | None) -> None:
         self._loop, self._name, self._lane = loop, name, lane
 
     def __enter__(self) -> None:
         self._start = time.time()
+        self._loop._now = Wait(f"{self._name} of step {self._loop.step}", self._lane or "controller", "", self._start)
+        self._loop._say(self._loop.step)
 
     def __exit__(self, kind: Any, *_: object) -> None:
+        self._loop._now = None
         if kind is not None:
             return
         end = time.time()

@@ -1,15 +1,18 @@
 """The actors of an online stage besides the rollout pool: policy, reference and reward."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...cluster import calls
+from ...cluster.calls import Wait
 from ...cluster.config import Resources
-from ...cluster.placement import place, release
+from ...cluster.placement import amount, node_of, place, release
 from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
 from ..stages import GrpoStage
@@ -30,9 +33,9 @@ Tick = Callable[[], None]
 class Roles:
     """Starts the actors of a stage under names that `ray list actors` shows, and waits for what they do.
 
-    Waiting raises `WorkerLost`, which names the actor and what it was doing, after the stage's `timeout_seconds`. Waits
-    that change the policy or the weights (update, publish, save, load) take no `tick`: a stop in the middle of them
-    would leave step and weights apart.
+    Waiting raises `WorkerLost`, which names the actor and what it was doing, after the stage's `timeout_seconds`. The
+    `tick` of waits that change the policy or the weights (update, publish, save) must not end them: a stop in the
+    middle would leave step and weights apart.
     """
 
     def __init__(self, prefix: str, spec: PolicySpec, stage: GrpoStage, *, samples: Path, wait_seconds: float) -> None:
@@ -41,6 +44,22 @@ class Roles:
         self._placements: list[Any] = []
         self._actors: dict[str, Any] = {}
         self._scorers: list[str] = []
+        self._nodes: dict[str, str] = {}
+        self._waits: list[Wait] = []
+
+    def waiting(self) -> list[Wait]:
+        """What is waited for from an actor now."""
+        return list(self._waits)
+
+    @contextmanager
+    def _waiting(self, name: str, what: str) -> Iterator[None]:
+        """Say what is waited for while the block lasts."""
+        wait = Wait(what, f"{self._prefix}{name}", self._nodes.get(name, ""), time.time())
+        self._waits.append(wait)
+        try:
+            yield
+        finally:
+            self._waits.remove(wait)
 
     def start(self, *, tick: Tick) -> None:
         """Give every actor a place, begin them side by side, and wait until all are up.
@@ -59,7 +78,8 @@ class Roles:
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
             self._scorers.append(f"reward-{i}")
         for name, actor in self._actors.items():
-            calls.get(actor.__ray_ready__.remote(), actor=name, what="its start", timeout=LOAD_SECONDS, tick=tick)
+            with self._waiting(name, "its start"):
+                calls.get(actor.__ray_ready__.remote(), actor=name, what="its start", timeout=LOAD_SECONDS, tick=tick)
 
     def _begin(
         self, name: str, role: type, resources: Resources, given: tuple[Any, ...], tick: Tick, **options: int
@@ -71,8 +91,10 @@ class Roles:
             tick()  # what it raises gives the place back
             return False
 
-        placement = place(f"{self._prefix}{name}", resources, self._wait_seconds, cancelled=cancelled)
+        with self._waiting(name, f"a place with {amount(resources.cpus, resources.gpus)}"):
+            placement = place(f"{self._prefix}{name}", resources, self._wait_seconds, cancelled=cancelled)
         self._placements.append(placement)
+        self._nodes[name] = node_of(placement) or ""
         actor = ray.remote(role).options(
             name=f"{self._prefix}{name}",
             num_cpus=resources.cpus,
@@ -88,7 +110,9 @@ class Roles:
         refs = [self._actors[name].score.remote(group) for name, group in zip(names, groups, strict=True)]
         for name, ref, group in zip(names, refs, groups, strict=True):
             what = f"step {group.step} group {group.index}"
-            yield calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
+            with self._waiting(name, f"the reward of {what}"):
+                scored = calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
+            yield scored
 
     def scoring_troubles(self) -> dict[str, float]:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
@@ -100,28 +124,30 @@ class Roles:
 
     def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The reference's log-probs `[T]` of each sample; there is a reference only where KL is on."""
-        ref = self._actors["reference"].logprobs.remote(samples)
-        return calls.get(ref, actor="reference", what="log-probs", timeout=self._timeout, tick=tick)
+        with self._waiting("reference", "log-probs"):
+            ref = self._actors["reference"].logprobs.remote(samples)
+            return calls.get(ref, actor="reference", what="log-probs", timeout=self._timeout, tick=tick)
 
-    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+    def update(self, samples: Sequence[TrainSample], step: int, *, tick: Tick) -> dict[str, float]:
         """One optimizer step; its metrics."""
-        return self._ask_policy(f"the update of step {step}", "update", samples, step)
+        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step)
 
-    def publish(self, version: int) -> WeightVersion:
+    def publish(self, version: int, *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""
-        return self._ask_policy(f"publishing version {version}", "publish", version)
+        return self._ask_policy(f"publishing version {version}", tick, "publish", version)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, *, tick: Tick) -> None:
         """Have the policy write its state."""
-        self._ask_policy("a checkpoint", "save", folder)
+        self._ask_policy("a checkpoint", tick, "save", folder)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, tick: Tick) -> None:
         """Have the policy go on from a checkpoint."""
-        self._ask_policy(f"loading {folder}", "load", folder)
+        self._ask_policy(f"loading {folder}", tick, "load", folder)
 
-    def _ask_policy(self, what: str, method: str, *given: Any) -> Any:
-        ref = getattr(self._actors["policy-0"], method).remote(*given)
-        return calls.get(ref, actor="policy-0", what=what, timeout=self._timeout)
+    def _ask_policy(self, what: str, tick: Tick, method: str, *given: Any) -> Any:
+        with self._waiting("policy-0", what):
+            ref = getattr(self._actors["policy-0"], method).remote(*given)
+            return calls.get(ref, actor="policy-0", what=what, timeout=self._timeout, tick=tick)
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Keep a step's samples as parquet."""
@@ -136,4 +162,4 @@ class Roles:
         calls.end(list(self._actors.values()))
         for placement in self._placements:
             release(placement)
-        self._actors, self._placements, self._scorers = {}, [], []
+        self._actors, self._placements, self._scorers, self._nodes = {}, [], [], {}
