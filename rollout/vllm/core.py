@@ -13,7 +13,7 @@ from vllm.inputs import tokens_input
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from ...cluster.errors import WorkerLost
+from ...cluster.errors import RunFailed, WorkerLost
 
 T = TypeVar("T")
 
@@ -34,7 +34,11 @@ class Core:
         thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _stop_loop, self._loop, thread)
-        self.llm: AsyncLLM = self.ask(_start(args))
+        try:
+            self.llm: AsyncLLM = self.ask(_start(args))
+        except Exception as error:
+            self._end()
+            raise RunFailed(f"vLLM does not start on {args.model}: {error} (its own log has the cause)") from error
         self._end.detach()
         self._end = weakref.finalize(self, _shut_down, self.llm, self._loop, thread)
 

@@ -67,6 +67,8 @@ def engine_args(
         model = AsyncEngineArgs(**settings).create_model_config()
     except (ValueError, OSError) as error:
         raise InputError(f"vLLM cannot run {folder}: {_first_line(error)}") from None
+    if device == "cpu":
+        _check_head_size(model, folder)
     settings["max_model_len"] = min(max_length, model.max_model_len)
     if takes_adapters(model):
         settings |= {
@@ -81,6 +83,18 @@ def engine_args(
     else:
         settings["enable_sleep_mode"] = True
     return AsyncEngineArgs(**settings), model
+
+
+def _check_head_size(model: Any, folder: Path) -> None:
+    """vLLM itself finds out with the first batch, and does not survive it."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, sizes = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes:
+        raise InputError(
+            f"{folder} has attention heads of size {size}; on a CPU vLLM has {', '.join(map(str, sizes))}: use the "
+            "native engine"
+        )
 
 
 def takes_adapters(model: Any) -> bool:
