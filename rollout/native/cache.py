@@ -1,73 +1,156 @@
-"""The engine's key-value cache: one row a slot, any length per row, no padding.
+"""The engine's paged key-value cache, and the attention that reads it, as transformers' cache and attention interfaces.
 
-Shapes: S slots, k running rows, H key-value heads, L tokens, D head dimensions; keys and values are `[S, H, L, D]`.
+A forward takes T tokens of any rows side by side, as a batch of one sequence; `Batch` says whose they are. Every layer
+first stores the new states of all tokens, then each token attends to its own row's places up to its own, so a prompt
+may come in pieces, and a row may read blocks that another row of the same forward fills.
+
+Shapes: T tokens, H heads, K key-value heads, D head dimensions, N blocks of B tokens, M blocks a row can have.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]
-"""The keys and values `[1, H, P, D]` of a prompt, layer by layer."""
-
-
-@dataclass(slots=True)
-class Step:
-    """Where the rows of one decoding step write, and how much of the cache they read."""
-
-    rows: torch.Tensor
-    """`[k]`: 0 … k-1."""
-    positions: torch.Tensor
-    """`[k]`: the place of each row's new token."""
-    window: int
-    """Tokens that are read, at least the longest row's."""
+from . import kernels
+from .kernels import BLOCK
 
 
-class SlotLayer(CacheLayerMixin):
-    """One layer's keys and values; a forward of k rows and one token each writes and reads the first k slots."""
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one forward."""
+
+    tokens: np.ndarray
+    """`[T]` int64."""
+    positions: np.ndarray
+    """`[T]` int64: each token's place in its row."""
+    rows: np.ndarray
+    """`[T]` int64: each token's row in `tables`."""
+    tables: np.ndarray
+    """`[rows, M]` int32: the blocks of each row, in order."""
+    adapters: np.ndarray
+    """`[T]` int64: each token's adapter by its number in the bank, -1 for none."""
+
+
+class PagedCache(Cache):
+    """All layers' blocks, sized like the states of a probe: whatever heads and dimensions the model has.
+
+    `name` is what the model's configuration calls the attention that reads this cache.
+    """
+
+    def __init__(self, probe: DynamicCache, blocks: int, places: int) -> None:
+        states: list[Any] = probe.layers
+        super().__init__(layers=[PagedLayer(layer.keys, layer.values, blocks) for layer in states])
+        self.name = f"raylign-paged-{id(self)}"
+        self._scores = np.empty(-(-places // BLOCK) * BLOCK, np.float32)
+        self._batch: Batch | None = None
+        AttentionInterface.register(self.name, self.attend)
+
+    def begin(self, batch: Batch) -> None:
+        """Tell whose the tokens of the coming forward are."""
+        self._batch = batch
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the tokens' states `[1, K, T, D]`; `attend` finds them in the cache."""
+        assert self._batch is not None
+        self._each()[layer_idx].store(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._batch)
+        return key_states, value_states
+
+    def attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any,
+        *, scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
+        s_aux: Any = None, **_: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        """Attention of `query` `[1, H, T, D]` over each token's row: `[1, T, H, D]`, by transformers' interface."""
+        if s_aux is not None:
+            raise NotImplementedError("attention sinks")
+        assert self._batch is not None
+        layer, q = self._each()[module.layer_idx], query[0].transpose(0, 1).float().contiguous()
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        attend = layer.attend_on_cpu if q.device.type == "cpu" else layer.attend_on_device
+        out = attend(q, self._batch, scale, sliding_window or 0, softcap or 0.0, self._scores)
+        return out.to(query.dtype)[None], None
+
+    def copy(self, source: list[int], to: list[int]) -> None:
+        """Copy whole blocks."""
+        for layer in self._each():
+            layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
+
+    def close(self) -> None:
+        """Take the attention out of transformers' registry."""
+        AttentionInterface._global_mapping.pop(self.name, None)
+
+    def _each(self) -> list["PagedLayer"]:
+        return self.layers  # pyright: ignore[reportReturnType]
+
+
+class PagedLayer(CacheLayerMixin):
+    """One layer's blocks: `keys` `[N, K, D, B]`, so that scores of neighbours lie together, `values` `[N, K, B, D]`."""
 
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, blocks: int) -> None:
         super().__init__()
-        self._keys, self._values = keys, values
+        _, heads, _, size = keys.shape
+        like = {"dtype": keys.dtype, "device": keys.device}
+        self.keys: torch.Tensor = torch.zeros((blocks, heads, size, BLOCK), **like)  # pyright: ignore
+        self.values: torch.Tensor = torch.zeros((blocks, heads, BLOCK, values.shape[-1]), **like)  # pyright: ignore
         self.is_initialized = True
-        self.step: Step | None = None
+
+    def store(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
+        """Write states `[T, K, D]` to their tokens' places."""
+        if self.keys.device.type == "cpu":
+            keys, values, new_keys, new_values = (kernels.as_array(x) for x in (self.keys, self.values, k, v))
+            kernels.store(keys, values, new_keys, new_values, *_places(batch))
+            return
+        blocks = torch.from_numpy(batch.tables[batch.rows, batch.positions // BLOCK]).long()
+        places = torch.from_numpy(batch.positions % BLOCK)
+        self.keys[blocks, :, :, places], self.values[blocks, :, places] = k, v
+
+    def attend_on_cpu(
+        self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, scores: np.ndarray
+    ) -> torch.Tensor:
+        """Each token by itself, `[T, H, D]` float32."""
+        out = torch.empty((*q.shape[:2], self.values.shape[-1]))
+        keys, values = kernels.as_array(self.keys), kernels.as_array(self.values)
+        limits = (np.float32(scale), window, np.float32(cap))
+        kernels.attend(q.numpy(), keys, values, *_places(batch), *limits, out.numpy(), scores)
+        return out
+
+    def attend_on_device(
+        self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, _: np.ndarray
+    ) -> torch.Tensor:
+        """The same in torch's own operations, for a GPU; a few tokens at a time, to bound the gathered blocks."""
+        heads, shared = self.keys.shape[1], q.shape[1] // self.keys.shape[1]
+        parts: list[torch.Tensor] = []
+        for some in torch.arange(len(q)).split(64):
+            positions = torch.from_numpy(batch.positions)[some]
+            count = int(positions.max()) // BLOCK + 1
+            blocks = torch.from_numpy(batch.tables[batch.rows[some.numpy()], :count]).long().to(q.device)
+            keys = self.keys[blocks].float().permute(0, 2, 3, 1, 4).flatten(3)
+            values = self.values[blocks].float().permute(0, 2, 1, 3, 4).flatten(2, 3)
+            scores = q[some.to(q.device)].view(len(some), heads, shared, -1) @ keys * scale
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            places, last = torch.arange(count * BLOCK), positions[:, None]
+            hidden = (places > last) | ((places <= last - window) if window else False)
+            scores = scores.masked_fill(hidden[:, None, None].to(q.device), float("-inf"))
+            parts.append((scores.softmax(-1) @ values).flatten(1, 2))
+        return torch.cat(parts)
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Not asked for: `PagedCache.update` stores."""
+        raise NotImplementedError
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the slots exist from the start."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new token's `[k, H, 1, D]` states and return all that the step may read, `[k, H, window, D]`."""
-        step = self.step
-        assert step is not None
-        self._keys[step.rows, :, step.positions] = key_states[:, :, 0]
-        self._values[step.rows, :, step.positions] = value_states[:, :, 0]
-        rows = len(step.rows)
-        return self._keys[:rows, :, : step.window], self._values[:rows, :, : step.window]
-
-    def write(self, rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Copy a prompt's `[1, H, P, D]` states to the start of the rows."""
-        self._keys[rows, :, : keys.shape[2]] = keys
-        self._values[rows, :, : values.shape[2]] = values
-
-    def move(self, to: torch.Tensor, source: torch.Tensor, length: int) -> None:
-        """Copy the first `length` tokens of the rows `source` to the rows `to`."""
-        self._keys[to, :, :length] = self._keys[source, :, :length]
-        self._values[to, :, :length] = self._values[source, :, :length]
-
-    def clear(self, rows: torch.Tensor) -> None:
-        """Zero rows, so that no NaN of a past one is left behind a mask."""
-        self._keys[rows] = 0
-        self._values[rows] = 0
+        """Nothing to do: the blocks exist from the start."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Only asked for masks that transformers makes; the engine brings its own."""
+        """Not used: the attention needs no mask."""
         return query_length, 0
 
     def get_seq_length(self) -> int:
@@ -75,52 +158,9 @@ class SlotLayer(CacheLayerMixin):
         return 0
 
     def get_max_length(self) -> int:
-        """Tokens a slot holds."""
-        return self._keys.shape[2]
+        """No single length either."""
+        return -1
 
 
-class SlotCache(Cache):
-    """All layers' slots, sized like the states of a probe: whatever heads and dimensions the model has."""
-
-    def __init__(self, probe: Prefix, slots: int, length: int) -> None:
-        super().__init__(layers=[SlotLayer(_slots(k, slots, length), _slots(v, slots, length)) for k, v in probe])
-
-    def _each(self) -> list[SlotLayer]:
-        return self.layers  # pyright: ignore[reportReturnType]
-
-    def begin(self, step: Step) -> None:
-        """Tell the layers where the coming forward writes and reads."""
-        for layer in self._each():
-            layer.step = step
-
-    def write(self, slots: list[int], prefix: Prefix) -> None:
-        """Copy a prompt's states to the start of some slots."""
-        rows = torch.tensor(slots, device=prefix[0][0].device)
-        for layer, (keys, values) in zip(self._each(), prefix, strict=True):
-            layer.write(rows, keys, values)
-
-    def move(self, to: list[int], source: list[int], length: int) -> None:
-        """Copy rows to other slots, up to `length` tokens."""
-        layers = self._each()
-        device = layers[0]._keys.device
-        target, origin = torch.tensor(to, device=device), torch.tensor(source, device=device)
-        for layer in layers:
-            layer.move(target, origin, length)
-
-    def clear(self, slots: list[int]) -> None:
-        """Zero slots."""
-        rows = torch.tensor(slots, device=self._each()[0]._keys.device)
-        for layer in self._each():
-            layer.clear(rows)
-
-
-def _slots(like: torch.Tensor, slots: int, length: int) -> torch.Tensor:
-    # Zeros, not empty memory: a masked place must hold a finite number, since 0 times NaN is NaN.
-    _, heads, _, dim = like.shape
-    return torch.zeros((slots, heads, length, dim), dtype=like.dtype, device=like.device)
-
-
-def prefix_of(cache: DynamicCache) -> Prefix:
-    """The keys and values that a prompt's own forward left in an ordinary cache."""
-    layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
+def _places(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return batch.rows, batch.positions, batch.tables

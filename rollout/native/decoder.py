@@ -1,58 +1,43 @@
-"""A Hugging Face decoder as the engine uses it: one forward for a prompt, one forward for a token of many rows.
+"""A Hugging Face decoder as the engine uses it: one forward for tokens of any rows, over a paged cache.
 
-Shapes: k rows, P prompt tokens, V tokens of the vocabulary, L tokens of the cache window.
+Shapes: T tokens of a forward, V tokens of the vocabulary.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from ...cluster.errors import InputError
-from .cache import Prefix, SlotCache, Step, prefix_of
-from .lora import LoraBank, Plan
+from .cache import Batch, PagedCache
+from .kernels import BLOCK
+from .linear import EngineLinear, Which
+from .lora import LoraBank
+from .norms import replace_norms
 
-WINDOW = 32
-"""The cache is read in multiples of this many tokens: a whole number of vectors, so that how far it is read beyond a
-row's own length does not change the row's bits."""
+ROWS = 8
+"""Tokens of a forward come in multiples of this, idle ones fill it up: matrix products of fewer round differently, and
+torch computes the end of a tensor that is no whole number of vectors with other code than the rest."""
 
 _ATTENTIONS = {"full_attention", "sliding_attention"}
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
 
 
-class Float32Head(nn.Module):
-    """The output layer in float32 for a model of lower precision: logits rounded to bfloat16 would tie and drift."""
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self._head = [head]  # in a list: its parameters keep their names in the model
-        self.in_features, self.out_features = head.in_features, head.out_features
-        self.weight32 = torch.empty(0)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take over the weights after they changed."""
-        self.weight32 = self._head[0].weight.detach().float()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden]` to `[..., V]`."""
-        bias = self._head[0].bias
-        return functional.linear(x.float(), self.weight32, None if bias is None else bias.float())
-
-
 class Decoder:
     """Model, cache and adapters. All methods run without gradients.
 
+    The cache holds `rows` rows of `max_length` tokens; the last block and the table's last row belong to idle tokens.
     Raises `InputError` for a folder that is not a decoder-only model in safetensors, and for an architecture whose
-    token-by-token decoding through the slots does not give the logits of its plain forward.
+    forward through the cache does not give the logits of its plain forward.
     """
 
     def __init__(
-        self, folder: Path, *, slots: int, max_length: int, dtype: Literal["float32", "bfloat16"], device: str
+        self, folder: Path, *, rows: int, max_length: int, dtype: Literal["float32", "bfloat16"], device: str
     ) -> None:
         self.model: Any = _load(folder, getattr(torch, dtype)).to(device)
         self.device = torch.device(device)
@@ -61,67 +46,38 @@ class Decoder:
         self.max_length = min(max_length, limit)
         self.vocabulary: int = config.vocab_size
         self._name = type(self.model).__name__
-        self._dtype = self.model.dtype
-        self._sliding, self._mixed = _attention_kinds(config, self._name)
+        _check_attention(config, self._name)
+        self._sliding: int | None = getattr(config, "sliding_window", None)
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
-        self._head = self._float32_head()
-        self.adapters = LoraBank(self.model, self.device)
-        length = -(-self.max_length // WINDOW) * WINDOW
-        self._places = torch.arange(length, device=self.device)
-        self._cache = self._checked_cache(slots, length)
-
-    def _float32_head(self) -> Float32Head | None:
-        if self._dtype == torch.float32:
-            return None
-        layer = self.model.get_output_embeddings()
-        if not isinstance(layer, nn.Linear):
-            raise InputError(f"the native engine cannot run {self._name} in bfloat16: its output layer is not linear")
-        head = Float32Head(layer)
-        self.model.set_output_embeddings(head)
-        return head
+        self._which = Which()
+        self.blocks_per_row = -(-self.max_length // BLOCK)
+        self.blocks = rows * self.blocks_per_row
+        self._layers: dict[str, EngineLinear] = {}
+        self._cache = self._proven_cache()
+        self.adapters = LoraBank(self._layers)
 
     @torch.inference_mode()
-    def prefill(self, prompt: np.ndarray, adapter: str | None) -> tuple[torch.Tensor, Prefix]:
-        """The logits `[1, V]` after a prompt `[P]` and its keys and values, from a forward of its own."""
-        from transformers import DynamicCache
+    def forward(self, batch: Batch, wanted: Sequence[int]) -> torch.Tensor:
+        """Store the batch's tokens in the cache; the logits `[len(wanted), V]` float32 after those at these places.
 
-        self.adapters.plan = None if adapter is None else Plan(single=adapter)
-        cache = DynamicCache()
-        tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(self.device)
-        logits = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        return logits[:, -1].float(), prefix_of(cache)
-
-    @torch.inference_mode()
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, plan: Plan | None) -> torch.Tensor:
-        """Logits `[k, V]` after one new token for each of the first k slots, written at `positions` `[k]`."""
-        self.adapters.plan = plan
-        rows = len(tokens)
-        window = (int(positions.max()) // WINDOW + 1) * WINDOW
-        places = torch.from_numpy(positions).to(self.device)
-        self._cache.begin(Step(torch.arange(rows, device=self.device), places, window))
+        A token's numbers depend on its own row alone.
+        """
+        batch = _filled(batch, self.blocks)
+        self._which.numbers = batch.adapters if (batch.adapters >= 0).any() else None
+        self._cache.begin(batch)
         logits = self.model(
-            input_ids=torch.from_numpy(tokens).to(self.device)[:, None],
-            position_ids=places[:, None],
-            attention_mask=self._mask(places, window),
+            input_ids=torch.from_numpy(batch.tokens).to(self.device)[None],
+            position_ids=torch.from_numpy(batch.positions).to(self.device)[None],
             past_key_values=self._cache,
             use_cache=True,
+            logits_to_keep=torch.tensor(wanted, device=self.device),
         ).logits
-        return logits[:, -1].float()
+        return logits[0].float()
 
-    def write(self, slots: list[int], prefix: Prefix) -> None:
-        """Give slots a prompt's keys and values."""
-        with torch.inference_mode():
-            self._cache.write(slots, prefix)
-
-    def move(self, to: list[int], source: list[int], length: int) -> None:
-        """Move rows to other slots, up to `length` tokens."""
-        with torch.inference_mode():
-            self._cache.move(to, source, length)
-
-    def clear(self, slots: list[int]) -> None:
-        """Zero slots that hold numbers which are not finite."""
-        with torch.inference_mode():
-            self._cache.clear(slots)
+    @torch.inference_mode()
+    def copy_blocks(self, source: list[int], to: list[int]) -> None:
+        """Copy whole blocks of the cache."""
+        self._cache.copy(source, to)
 
     def load(self, tensors: dict[str, np.ndarray]) -> None:
         """Replace all weights, by the names of the state dict. Raises `InputError` and changes nothing when a name or
@@ -139,51 +95,71 @@ class Decoder:
         with torch.no_grad():
             for name, array in tensors.items():
                 self._parameters[name].copy_(torch.from_numpy(np.array(array, np.float32)))
-        if self._head:
-            self._head.refresh()
+            for layer in self._layers.values():
+                layer.pack()
 
-    def _mask(self, positions: torch.Tensor, window: int) -> Any:
-        """What each row may read, as an additive mask `[k, 1, 1, L]`; by layer type where the model has several."""
-        places = self._places[:window]
-        last = positions[:, None]
-        full = places <= last
-        if self._sliding is None:
-            return self._additive(full)
-        near = self._additive(full & (places > last - self._sliding))
-        return {"full_attention": self._additive(full), "sliding_attention": near} if self._mixed else near
-
-    def _additive(self, allowed: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(allowed.shape, dtype=self._dtype, device=self.device)
-        return mask.masked_fill_(~allowed, float("-inf"))[:, None, None]
-
-    @torch.inference_mode()
-    def _checked_cache(self, slots: int, length: int) -> SlotCache:
-        """Build the slots and prove on a few tokens that decoding through them is the model's own forward."""
+    def _proven_cache(self) -> PagedCache:
+        """Build the cache, put the engine's layers in, and prove on a few tokens that nothing but rounding changed."""
         try:
-            return self._probe(slots, length)
+            return self._probe()
         except _FORWARD_ERRORS as error:
             raise InputError(
                 f"the native engine cannot run {self._name}: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
 
-    def _probe(self, slots: int, length: int) -> SlotCache:
+    @torch.inference_mode()
+    def _probe(self) -> PagedCache:
+        from transformers import DynamicCache
+
         size = min(self.max_length, self._sliding + 4 if self._sliding and self._sliding <= 64 else 8)
         tokens = (np.arange(size) * 7 + 3) % self.vocabulary
-        wanted = self.model(input_ids=torch.from_numpy(tokens)[None].to(self.device), use_cache=False).logits[0]
-        first = max(1, size // 2)
-        logits, prefix = self.prefill(tokens[:first], None)
-        self._cache = SlotCache(prefix, slots, length)
-        self._cache.write([0], prefix)
-        got = [logits]
-        for i in range(first, size):
-            step = np.zeros((2, slots), np.int64)
-            step[:, 0] = tokens[i], i
-            got.append(self.decode(step[0], step[1], None)[:1])
-        difference = (torch.cat(got) - wanted[first - 1 :].float()).abs().max() / wanted.float().abs().max()
-        if not difference < (0.01 if self._dtype == torch.float32 else 0.1):
+        states = DynamicCache()
+        ids = torch.from_numpy(tokens)[None].to(self.device)
+        wanted = self.model(input_ids=ids, past_key_values=states, use_cache=True).logits[0].float()
+        self._cache = PagedCache(states, self.blocks + 1, self.max_length)
+        self._put_in_layers()
+        self.model.set_attn_implementation(self._cache.name)
+        table = np.arange(self.blocks_per_row, dtype=np.int32)[None]
+        got: list[torch.Tensor] = []
+        middle = size // 2
+        # As it comes later: a first piece of several tokens, then one at a time.
+        for begin, end in [(0, middle), *((i, i + 1) for i in range(middle, size))]:
+            places = np.arange(begin, end)
+            batch = Batch(tokens[begin:end], places, 0 * places, table, 0 * places - 1)
+            got.append(self.forward(batch, range(end - begin)))
+        difference = (torch.cat(got) - wanted).abs().max() / wanted.abs().max()
+        if not difference < (0.01 if self.model.dtype == torch.float32 else 0.1):
             raise ValueError(f"its logits differ by {float(difference):.1%} from a plain forward")
-        self._cache.clear([0])
         return self._cache
+
+    def _put_in_layers(self) -> None:
+        """Replace linear layers and norms by the engine's; the head computes in float32, where bfloat16 would tie."""
+        replace_norms(self.model)
+        head = self.model.get_output_embeddings()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, Conv1D) or type(module) is nn.Linear:
+                layer = EngineLinear(module, self._which, torch.float32 if module is head else None)
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, layer)
+                self._layers[name] = layer
+        if head is not None and self.model.get_output_embeddings() is head and self.model.dtype != torch.float32:
+            raise NotImplementedError("its output layer is not linear, and bfloat16 logits are too coarse")
+
+
+def _filled(batch: Batch, idle_block: int) -> Batch:
+    """The batch with idle tokens up to a multiple of `ROWS`; they belong to a row of their own with its own block."""
+    missing = -len(batch.tokens) % ROWS
+    if not missing:
+        return batch
+    idle = np.full((1, batch.tables.shape[1]), idle_block, np.int32)
+    zeros = np.zeros(missing, np.int64)
+    return Batch(
+        tokens=np.concatenate([batch.tokens, zeros]),
+        positions=np.concatenate([batch.positions, zeros]),
+        rows=np.concatenate([batch.rows, zeros + len(batch.tables)]),
+        tables=np.concatenate([batch.tables, idle]),
+        adapters=np.concatenate([batch.adapters, zeros - 1]),
+    )
 
 
 def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -205,18 +181,12 @@ def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _attention_kinds(config: Any, name: str) -> tuple[int | None, bool]:
-    """The sliding window, if layers have one, and whether layers differ in it. Raises `InputError` for other kinds."""
+def _check_attention(config: Any, name: str) -> None:
+    """Raises `InputError` for layers that are not attention, and for positions that depend on other rows."""
     _check_rope(config, name)
     kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - _ATTENTIONS:
         raise InputError(f"the native engine cannot run {name}: its layers are {sorted(kinds)}, not only attention")
-    window = getattr(config, "sliding_window", None)
-    if kinds:
-        return (window if "sliding_attention" in kinds else None), True
-    if not getattr(config, "use_sliding_window", True):
-        return None, False
-    return window, False
 
 
 def _check_rope(config: Any, name: str) -> None:

@@ -1,14 +1,14 @@
 """The native engine: continuous batching on torch and transformers, the embedded default for rollouts and serving.
 
-Every step decodes one token for all running rows in one forward; finished rows leave and waiting ones enter between
-two steps, without padding. What a row generates depends on its prompt, sampling, seed and adapter alone, bit for bit:
-a prompt is prefilled in a forward of its own, the rows of a forward are a multiple of eight (idle rows fill up), and
-the cache is read in whole vectors. On a CPU this needs one torch thread, which the caller sets
+Every step is one forward over the newest token of each running row and pieces of waiting prompts, side by side and
+without padding; finished rows leave and waiting ones enter between two steps. What a row generates depends on its
+prompt, sampling, seed and adapter alone, bit for bit: loops compute a token by itself, and matrix products give a token
+the same bits in any company of eight or more. On a CPU this needs one torch thread, which the caller sets
 (`torch.set_num_threads(1)`); `self_check.check_exactness` proves it.
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,65 +17,32 @@ import torch
 
 from ...cluster.errors import InputError
 from ..engine import RequestsFailed, TokenEvent, check_request
-from ..records import FinishReason, GenerationRequest, TopLogprobs
-from .cache import Prefix
+from ..records import GenerationRequest
+from .blocks import BlockPool, prefix_keys
+from .cache import Batch
 from .decoder import Decoder
-from .lora import Plan
-from .sampling import Knobs, draw, stream_key, uniforms
+from .kernels import BLOCK
+from .rows import STATE, Prompt, Row, fresh_state, knobs_of
+from .sampling import draw, uniforms
 from .stop_strings import StopStrings
 
-ROWS = 8
-"""Rows of a forward come in multiples of this: matrix products of fewer rows round differently."""
-
-_STATE = np.dtype(
-    [
-        ("token", np.int64),
-        ("position", np.int64),
-        ("key", np.uint64),
-        ("drawn", np.uint64),
-        ("temperature", np.float64),
-        ("top_p", np.float64),
-        ("top_k", np.int64),
-        ("min_p", np.float64),
-        ("top_logprobs", np.int64),
-    ]
-)
-"""What the step computes with, a record a slot: the last token, its place in the cache, the random stream and how many
-numbers were taken from it, the sampling settings."""
+PROMPT_TOKENS = 256
+"""Prompt tokens of a step at most: longer prompts come in pieces, so that running rows do not wait for them."""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A request of which some samples have no row yet, and its prompt's prefill once there is one."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """The tokens `begin` … `end - 1` of a prompt in a step; its first slot holds its blocks' table meanwhile."""
 
-    request: GenerationRequest
-    entered: int = 0
-    logits: torch.Tensor | None = None
-    prefix: Prefix = field(default_factory=list)
+    prompt: Prompt
+    slot: int
+    begin: int
+    end: int
 
-
-class _Row:
-    """One running sample: what ends it, and whose it is."""
-
-    __slots__ = ("adapter", "index", "left", "request_id", "stop_ids", "strings")
-
-    def __init__(self, request: GenerationRequest, index: int, strings: StopStrings | None) -> None:
-        self.request_id = request.request_id
-        self.index = index
-        self.adapter = request.adapter
-        self.left = request.sampling.max_tokens
-        self.stop_ids = frozenset(request.sampling.stop_token_ids)
-        self.strings = strings
-
-    def take(self, token: int, logprob: float, top: TopLogprobs | None) -> TokenEvent:
-        """Count a new token and say whether it is the last."""
-        self.left -= 1
-        reason: FinishReason | None = None
-        if token in self.stop_ids or (self.strings is not None and self.strings.push(token)):
-            reason = "stop"
-        elif self.left == 0:
-            reason = "length"
-        return TokenEvent(self.request_id, self.index, token, logprob, reason, top)
+    @property
+    def last(self) -> bool:
+        """Whether the prompt is complete after it."""
+        return self.end == self.prompt.length
 
 
 class NativeEngine:
@@ -98,24 +65,24 @@ class NativeEngine:
         if slots < 1 or max_length < 2:
             raise InputError(f"the engine needs at least 1 slot and 2 tokens of length, not {slots} and {max_length}")
         self._folder = folder
-        self._slots = slots
-        padded = -(-slots // ROWS) * ROWS
-        self._decoder = Decoder(folder, slots=padded, max_length=max_length, dtype=dtype, device=device)
-        self._state = np.zeros(padded, _STATE)
-        self._rows: list[_Row | None] = []
-        self._waiting: deque[_Waiting] = deque()
+        # A prompt with samples that wait for slots keeps its blocks; there is at most one such, at the queue's head.
+        self._decoder = Decoder(folder, rows=slots + 1, max_length=max_length, dtype=dtype, device=device)
+        self._pool = BlockPool(self._decoder.blocks)
+        self._tables = np.zeros((slots, self._decoder.blocks_per_row), np.int32)
+        self._state = np.zeros(slots, STATE)
+        self._rows: list[Row | None] = [None] * slots
+        self._reserved: dict[int, Prompt] = {}
+        """Slots that wait for a prompt to be computed, and which."""
+        self._waiting: deque[Prompt] = deque()
         self._unfinished: Counter[str] = Counter()
-        self._events: list[TokenEvent] = []
-        self._plan: Plan | None = None
-        self._planned: list[str | None] = []
         self._tokenizer: Any = None
-        self.forwards = Counter[str]()
-        """Forwards so far: `prefill`, `decode`."""
+        self.counts = Counter[str]()
+        """Since the start: `forwards`, `prompt_tokens` that were computed, `prompt_tokens_reused` from the cache."""
 
     @property
     def busy(self) -> bool:
-        """Whether any request is waiting or running, or has tokens that a failed step kept back."""
-        return bool(self._waiting or self._events) or any(row is not None for row in self._rows)
+        """Whether any request is waiting or running."""
+        return bool(self._unfinished)
 
     @property
     def max_length(self) -> int:
@@ -130,7 +97,7 @@ class NativeEngine:
     @property
     def slots(self) -> int:
         """Rows that decode at once."""
-        return self._slots
+        return len(self._rows)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `InputError` for one that can never be served."""
@@ -142,30 +109,34 @@ class NativeEngine:
             adapters=self.adapters(),
         )
         self._unfinished[request.request_id] = request.n
-        self._waiting.append(_Waiting(request))
+        self._waiting.append(Prompt(request, self._decoder.adapters.number(request.adapter)))
 
     def step(self) -> list[TokenEvent]:
         """Advance every running row by one token and admit waiting ones; returns the new tokens, one a row.
 
         Raises `RequestsFailed` when weights give logits that are not finite; the requests that met them are forgotten,
-        the others go on with the next step, which also returns what this one had drawn.
+        the others repeat the step at the next call.
         """
-        self._compact()
-        if self._rows:
-            self._events += self._decode()
-        while self._waiting and self._free():
-            self._events += self._admit(self._waiting[0])
-        events, self._events = self._events, []
-        return events
+        running = [slot for slot, row in enumerate(self._rows) if row is not None]
+        self._reserve()
+        pieces = self._pieces()
+        if not running and not pieces and not self._reserved:
+            return []
+        logits = self._forward(running, pieces)
+        entering = self._entering(pieces, logits[len(running) :])
+        return self._draw(running, entering, logits[: len(running)])
 
     def abort(self, request_id: str) -> None:
         """Forget a request, known or not; its rows leave at once and no event of it follows."""
-        self._unfinished.pop(request_id, None)
-        self._events = [event for event in self._events if event.request_id != request_id]
-        self._waiting = deque(w for w in self._waiting if w.request.request_id != request_id)
+        if not self._unfinished.pop(request_id, 0):
+            return
+        for prompt in [p for p in self._waiting if p.request.request_id == request_id]:
+            self._waiting.remove(prompt)
+            self._release(prompt.blocks)
+            self._reserved = {slot: p for slot, p in self._reserved.items() if p is not prompt}
         for slot, row in enumerate(self._rows):
-            if row is not None and row.request_id == request_id:
-                self._rows[slot] = None
+            if row is not None and row.request.request_id == request_id:
+                self._leave(slot)
 
     def load_adapter(self, digest: str, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
         """Make an adapter available; one that is loaded already stays. Raises `InputError` for what is not plain LoRA
@@ -174,8 +145,8 @@ class NativeEngine:
 
     def drop_adapter(self, digest: str) -> None:
         """Forget an adapter. Raises `InputError` while a request uses it, or when it is not loaded."""
-        users = {w.request.request_id for w in self._waiting if w.request.adapter == digest}
-        users |= {row.request_id for row in self._rows if row is not None and row.adapter == digest}
+        requests = [prompt.request for prompt in self._waiting] + [row.request for row in self._rows if row is not None]
+        users = {request.request_id for request in requests if request.adapter == digest}
         if users:
             raise InputError(f"adapter {digest[:12]} is in use by {len(users)} requests, {min(users)!r} among them")
         self._decoder.adapters.drop(digest)
@@ -189,113 +160,190 @@ class NativeEngine:
         if self.busy:
             raise InputError("the base weights cannot be replaced while requests run: wait for them or abort them")
         self._decoder.load(tensors)
+        self._pool.forget()
 
-    def _free(self) -> int:
-        return self._slots - len(self._rows) + self._rows.count(None)
+    # ---- who takes part in a step
 
-    def _compact(self) -> None:
-        """Bring the running rows to the front; slots behind them become idle."""
-        while self._rows and self._rows[-1] is None:
-            self._rows.pop()
-        holes = [slot for slot, row in enumerate(self._rows) if row is None]
-        if not holes:
-            return
-        count = len(self._rows) - len(holes)
-        to = [slot for slot in holes if slot < count]
-        source = [slot for slot in range(count, len(self._rows)) if self._rows[slot] is not None]
-        if to:
-            self._decoder.move(to, source, int(self._state["position"][source].max()))
-            self._state[to] = self._state[source]
-            for target, origin in zip(to, source, strict=True):
-                self._rows[target] = self._rows[origin]
-        del self._rows[count:]
+    def _reserve(self) -> None:
+        """Give free slots to waiting prompts, first come, first served; each gets as many as it has samples."""
+        free = [slot for slot, row in enumerate(self._rows) if row is None and slot not in self._reserved]
+        held = Counter(id(prompt) for prompt in self._reserved.values())
+        for prompt in self._waiting:
+            for _ in range(min(len(free), prompt.remaining - held[id(prompt)])):
+                self._reserved[free.pop(0)] = prompt
+            if not free:
+                return
 
-    def _decode(self) -> list[TokenEvent]:
-        rows = [row for row in self._rows if row is not None]
-        padded = -(-len(rows) // ROWS) * ROWS
-        self._state[len(rows) : padded] = np.zeros((), _STATE)
-        state = self._state[: len(rows)]
-        # An idle row counts as the first row's kind, so that it does not turn one adapter's step into a mixed one.
-        plan = self._plan_for([row.adapter for row in rows] + [rows[0].adapter] * (padded - len(rows)))
-        positions = self._state["position"][:padded]
-        logits = self._decoder.decode(self._state["token"][:padded].copy(), positions.copy(), plan)
-        self.forwards["decode"] += 1
-        events = self._draw(logits[: len(rows)], state, rows)
-        state["position"] += 1
-        for slot, event in enumerate(events):
+    def _pieces(self) -> list[_Piece]:
+        """The next tokens of the prompts that have a slot, up to `PROMPT_TOKENS`; their blocks are taken."""
+        pieces: list[_Piece] = []
+        room = PROMPT_TOKENS
+        first: dict[int, tuple[int, Prompt]] = {}
+        for slot, prompt in self._reserved.items():
+            first.setdefault(id(prompt), (slot, prompt))
+        for slot, prompt in first.values():
+            if prompt.logits is None and room:
+                if not prompt.begun:
+                    self._begin(prompt)
+                end = min(prompt.length, prompt.done + room)
+                room -= end - prompt.done
+                self._extend(slot, prompt.blocks, end)
+                pieces.append(_Piece(prompt, slot, prompt.done, end))
+                self._remember(pieces[-1])
+        return pieces
+
+    def _begin(self, prompt: Prompt) -> None:
+        """Take over the blocks of the longest prefix of the prompt that is in the cache."""
+        prompt.begun = True
+        for key in prefix_keys(prompt.request.prompt, prompt.request.adapter):
+            if (block := self._pool.find(key)) is None:
+                break
+            prompt.blocks.append(block)
+        prompt.done = BLOCK * len(prompt.blocks)
+        self.counts["prompt_tokens_reused"] += prompt.done
+
+    def _extend(self, slot: int, blocks: list[int], length: int) -> None:
+        """Take blocks for a row or prompt up to `length` tokens, and have the slot's table name them."""
+        while len(blocks) * BLOCK < length:
+            blocks.append(self._pool.take())
+        self._tables[slot, : len(blocks)] = blocks
+
+    def _remember(self, piece: _Piece) -> None:
+        """Note the prefixes that the piece completes: the forward fills them before anybody reads them."""
+        keys = prefix_keys(piece.prompt.request.prompt, piece.prompt.request.adapter)
+        for i, key in enumerate(keys):
+            if piece.begin < (i + 1) * BLOCK <= piece.end:
+                self._pool.remember(piece.prompt.blocks[i], key)
+
+    # ---- the step
+
+    def _forward(self, running: list[int], pieces: list[_Piece]) -> torch.Tensor:
+        """Logits `[running + complete prompts, V]` after the running rows' newest tokens and the prompts' last."""
+        state = self._state[running]
+        for i in np.flatnonzero(state["position"] % BLOCK == 0):
+            row = self._rows[running[i]]
+            assert row is not None
+            self._extend(running[i], row.blocks, int(state["position"][i]) + 1)
+        if not running and not pieces:
+            return torch.empty(0, self.vocabulary)
+        batch = self._batch(running, state, pieces)
+        ends = len(running) + np.cumsum([p.end - p.begin for p in pieces], dtype=np.int64) - 1
+        wanted = [*range(len(running)), *(int(end) for end, p in zip(ends, pieces, strict=True) if p.last)]
+        try:
+            logits = self._decoder.forward(batch, wanted)
+        except BaseException:
+            self._pool.forget()
+            raise
+        self.counts["forwards"] += 1
+        self.counts["prompt_tokens"] += len(batch.tokens) - len(running)
+        for piece in pieces:
+            if not piece.last:
+                piece.prompt.done = piece.end
+        return logits
+
+    def _batch(self, running: list[int], state: np.ndarray, pieces: list[_Piece]) -> Batch:
+        tokens, positions, adapters = [state["token"]], [state["position"]], [state["adapter"]]
+        rows = [np.array(running, np.int64)]
+        for piece in pieces:
+            count = piece.end - piece.begin
+            tokens.append(piece.prompt.request.prompt[piece.begin : piece.end].astype(np.int64))
+            positions.append(np.arange(piece.begin, piece.end))
+            rows.append(np.full(count, piece.slot))
+            adapters.append(np.full(count, piece.prompt.adapter))
+        return Batch(
+            tokens=np.concatenate(tokens),
+            positions=np.concatenate(positions),
+            rows=np.concatenate(rows),
+            tables=self._tables,
+            adapters=np.concatenate(adapters),
+        )
+
+    def _entering(self, pieces: list[_Piece], logits: torch.Tensor) -> list[tuple[int, Prompt]]:
+        """The slots whose first token can be drawn, with their prompts; new logits come in the order of the pieces."""
+        complete = [piece.prompt for piece in pieces if piece.last]
+        for prompt, row in zip(complete, logits, strict=True):
+            prompt.logits = row
+        return [(slot, prompt) for slot, prompt in self._reserved.items() if prompt.logits is not None]
+
+    def _draw(self, running: list[int], entering: list[tuple[int, Prompt]], logits: torch.Tensor) -> list[TokenEvent]:
+        """The next token of the running rows and the first of the entering ones; then who is done leaves."""
+        begun: Counter[int] = Counter()
+        fresh = np.zeros(len(entering), STATE)
+        rows = [row for slot in running if (row := self._rows[slot]) is not None]
+        for i, (_, prompt) in enumerate(entering):
+            index = prompt.entered + begun[id(prompt)]
+            begun[id(prompt)] += 1
+            fresh[i] = fresh_state(prompt.request, index, prompt.adapter)
+            rows.append(self._new_row(prompt.request, index))
+        state = np.concatenate([self._state[running], fresh])
+        firsts = [prompt.logits for _, prompt in entering if prompt.logits is not None]
+        drawn = self._next(torch.cat([logits, torch.stack(firsts)]) if firsts else logits, state, rows)
+        state["token"], state["drawn"] = drawn.tokens, state["drawn"] + np.uint64(1)
+        state["position"][: len(running)] += 1
+        tops = drawn.tops(state["top_logprobs"])
+        values = zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), tops, strict=True)
+        events = [row.take(token, logprob, top) for row, token, logprob, top in values]
+        self._state[running] = state[: len(running)]
+        for (slot, prompt), row, record in zip(entering, rows[len(running) :], state[len(running) :], strict=True):
+            self._enter(slot, prompt, row, record)
+        for slot, event in zip([*running, *(slot for slot, _ in entering)], events, strict=True):
             if event.finish_reason:
-                self._rows[slot] = None
-                self._finish(event.request_id)
+                self._leave(slot)
+                self._finish_one(event.request_id)
         return events
 
-    def _plan_for(self, adapters: list[str | None]) -> Plan | None:
-        if adapters != self._planned:
-            self._plan = self._decoder.adapters.plan_for(adapters)
-            self._planned = adapters
-        return self._plan
+    def _next(self, logits: torch.Tensor, state: np.ndarray, rows: list[Row]) -> Any:
+        """Draw a token for each row. Raises `RequestsFailed` before anything is advanced."""
+        with torch.inference_mode():
+            drawn = draw(logits, knobs_of(state), uniforms(state["key"], state["drawn"]))
+        bad = [row for row, good in zip(rows, np.isfinite(drawn.logprobs), strict=True) if not good]
+        if bad:
+            self._refuse(bad)
+        return drawn
 
-    def _admit(self, waiting: _Waiting) -> list[TokenEvent]:
-        """Give rows to samples of a request, as many as fit; their first tokens come from its prefill."""
-        request = waiting.request
-        if waiting.logits is None:
-            waiting.logits, waiting.prefix = self._decoder.prefill(request.prompt, request.adapter)
-            self.forwards["prefill"] += 1
-        count = min(self._free(), request.n - waiting.entered)
-        rows = [_Row(request, waiting.entered + i, self._strings(request)) for i in range(count)]
-        state = _fresh_state(request, rows)
-        events = self._draw(waiting.logits.expand(count, -1), state, rows)
-        waiting.entered += count
-        if waiting.entered == request.n:
-            self._waiting.popleft()
-        self._place([i for i, event in enumerate(events) if not event.finish_reason], rows, state, waiting.prefix)
-        for event in events:
-            if event.finish_reason:
-                self._finish(event.request_id)
-        return events
+    def _new_row(self, request: GenerationRequest, index: int) -> Row:
+        sampling = request.sampling
+        return Row(request, index, self._strings(request), [], sampling.max_tokens, frozenset(sampling.stop_token_ids))
 
-    def _place(self, going_on: list[int], rows: list[_Row], state: np.ndarray, prefix: Prefix) -> None:
-        """Put rows into free slots: holes first, then behind the running rows."""
-        if not going_on:
-            return
-        holes = [slot for slot, row in enumerate(self._rows) if row is None]
-        extra = len(going_on) - len(holes)
-        slots = holes[: len(going_on)] + list(range(len(self._rows), len(self._rows) + extra))
-        self._rows += [None] * max(0, extra)
-        for slot, i in zip(slots, going_on, strict=True):
-            self._rows[slot] = rows[i]
-        self._state[slots] = state[going_on]
-        self._decoder.write(slots, prefix)
+    def _enter(self, slot: int, prompt: Prompt, row: Row, state: np.void) -> None:
+        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last."""
+        del self._reserved[slot]
+        prompt.done = prompt.length
+        prompt.entered += 1
+        if prompt.remaining:
+            full = prompt.length // BLOCK
+            row.blocks = [self._pool.share(block) for block in prompt.blocks[:full]]
+            if full < len(prompt.blocks):
+                row.blocks.append(self._pool.take())
+                self._decoder.copy_blocks(prompt.blocks[full:], row.blocks[full:])
+        else:
+            row.blocks = prompt.blocks
+            self._waiting.remove(prompt)
+        self._tables[slot, : len(row.blocks)] = row.blocks
+        self._rows[slot], self._state[slot] = row, state
 
-    def _finish(self, request_id: str) -> None:
+    def _leave(self, slot: int) -> None:
+        row = self._rows[slot]
+        assert row is not None
+        self._release(row.blocks)
+        self._rows[slot] = None
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):  # of a prefix, the end is reused first
+            self._pool.release(block)
+
+    def _finish_one(self, request_id: str) -> None:
         self._unfinished[request_id] -= 1
         if not self._unfinished[request_id]:
             del self._unfinished[request_id]
 
-    def _draw(self, logits: torch.Tensor, state: np.ndarray, rows: list[_Row]) -> list[TokenEvent]:
-        """The next token of every row, from its logits; `state` takes it down."""
-        knobs = Knobs(state["temperature"], state["top_p"], state["top_k"], state["min_p"], state["top_logprobs"])
-        with torch.inference_mode():
-            drawn = draw(logits, knobs, uniforms(state["key"], state["drawn"]))
-        finite = np.isfinite(drawn.logprobs)
-        if not finite.all():
-            self._refuse([row for row, good in zip(rows, finite, strict=True) if not good])
-        state["token"] = drawn.tokens
-        state["drawn"] += np.uint64(1)
-        tops = drawn.tops(knobs.top_logprobs)
-        return [
-            row.take(token, logprob, top)
-            for row, token, logprob, top in zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), tops, strict=True)
-        ]
-
-    def _refuse(self, bad: list[_Row]) -> None:
-        """Nothing has been advanced yet: without these requests the other rows can go on at the next step."""
-        requests = {row.request_id for row in bad}
-        slots = [i for i, row in enumerate(self._rows) if row is not None and row.request_id in requests]
-        if slots:
-            self._decoder.clear(slots)
+    def _refuse(self, bad: list[Row]) -> None:
+        """Nothing has been advanced yet: without these requests the other rows can repeat the step."""
+        requests = {row.request.request_id for row in bad}
+        weights = {f"adapter {row.request.adapter[:12]}" if row.request.adapter else "the base model" for row in bad}
         for request_id in requests:
             self.abort(request_id)
-        weights = {f"adapter {row.adapter[:12]}" if row.adapter else "the base model" for row in bad}
+        self._pool.forget()
         raise RequestsFailed(
             f"{', '.join(sorted(weights))} gives logits that are not finite numbers: the weights have diverged "
             f"(requests {', '.join(sorted(requests))})",
@@ -310,13 +358,3 @@ class NativeEngine:
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
         return StopStrings(self._tokenizer, request.sampling.stop)
-
-
-def _fresh_state(request: GenerationRequest, rows: list[_Row]) -> np.ndarray:
-    sampling = request.sampling
-    state = np.zeros(len(rows), _STATE)
-    state["position"] = len(request.prompt)
-    state["key"] = [stream_key(request.seed._replace(sample=request.seed.sample + row.index)) for row in rows]
-    state["temperature"], state["top_p"], state["top_k"] = sampling.temperature, sampling.top_p, sampling.top_k
-    state["min_p"], state["top_logprobs"] = sampling.min_p, sampling.top_logprobs
-    return state

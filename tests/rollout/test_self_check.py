@@ -6,6 +6,7 @@ import pytest
 import torch
 from raylign.cluster.errors import RunFailed
 from raylign.rollout.native.engine import NativeEngine
+from raylign.rollout.native.linear import EngineLinear
 from raylign.rollout.self_check import check_exactness
 
 from .models import make_adapter, save_model
@@ -32,12 +33,12 @@ def test_it_passes_with_one_thread_and_with_adapters(dtype, tmp_path: Path):
 
 def test_it_names_what_differs_when_arithmetic_depends_on_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     engine = NativeEngine(save_model(tmp_path, "llama"), slots=16, max_length=64)
-    plain = torch.nn.Linear.forward
+    plain = EngineLinear.forward
 
-    def by_rows(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return plain(self, x) * (1 + 1e-6 * (x.shape[0] > 8))
+    def by_rows(self: EngineLinear, x: torch.Tensor) -> torch.Tensor:
+        return plain(self, x) * (1 + 1e-6 * (x.shape[-2] > 8))
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", by_rows)
+    monkeypatch.setattr(EngineLinear, "forward", by_rows)
     with pytest.raises(RunFailed, match=r"depends on which rows run together \(a prompt of \d+ tokens, new token \d+"):
         check_exactness(engine)
 

@@ -14,6 +14,7 @@ from raylign.cluster.errors import InputError
 from raylign.rollout.engine import RequestsFailed, TokenEvent, generate
 from raylign.rollout.native.engine import NativeEngine
 from raylign.rollout.records import Completion, GenerationRequest, Sampling, SeedKey
+from transformers import AutoModelForCausalLM
 
 from ..models import ARCHITECTURES, VOCABULARY, make_adapter, save_model
 
@@ -161,8 +162,43 @@ def test_a_sample_of_a_group_is_the_same_when_it_is_asked_for_by_itself(llama: P
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(llama: Path):
     engine = NativeEngine(llama, slots=3, max_length=64)
-    generate(engine, [request(1, n=7), request(2, n=1)])
-    assert engine.forwards["prefill"] == 2
+    several, one = request(1, n=7), request(2, n=1)
+    generate(engine, [several, one])
+    assert engine.counts["prompt_tokens"] == len(several.prompt) + len(one.prompt)
+
+
+def test_a_prefix_that_was_seen_is_read_from_the_cache_and_changes_no_bit(llama: Path):
+    prefix = np.arange(70, dtype=np.int32) % VOCABULARY
+    ends = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
+    requests = [replace(request(i), prompt=np.concatenate([prefix, end])) for i, end in enumerate(ends)]
+    alone = [generate(NativeEngine(llama, slots=8, max_length=128), [r])[r.request_id] for r in requests]
+    engine = NativeEngine(llama, slots=8, max_length=128)
+    together = generate(engine, requests)
+    assert [bits(together[r.request_id]) for r in requests] == [bits(one) for one in alone]
+    assert engine.counts["prompt_tokens_reused"] == 64  # the two full blocks of 32, in the same step already
+    again = generate(engine, [requests[0]])
+    assert bits(again["r0"]) == bits(alone[0])
+    assert engine.counts["prompt_tokens_reused"] == 128
+    engine.load_base({name: p.numpy() for name, p in AutoModelForCausalLM.from_pretrained(llama).state_dict().items()})
+    assert bits(generate(engine, [requests[0]])["r0"]) == bits(alone[0])
+    assert engine.counts["prompt_tokens_reused"] == 128  # new weights, nothing is known
+
+
+def test_long_prompts_come_in_pieces_while_the_others_go_on(llama: Path, monkeypatch: pytest.MonkeyPatch):
+    long = replace(request(0), prompt=np.arange(100, dtype=np.int32) % VOCABULARY)
+    whole = generate(NativeEngine(llama, slots=8, max_length=128), [long])["r0"]
+    monkeypatch.setattr("raylign.rollout.native.engine.PROMPT_TOKENS", 30)
+    engine = NativeEngine(llama, slots=8, max_length=128)
+    engine.submit(request(1, max_tokens=20))
+    engine.step()
+    engine.submit(long)
+    events = [engine.step() for _ in range(4)]
+    assert [[e.request_id for e in step] for step in events] == [["r1"], ["r1"], ["r1"], ["r1", "r0"]]
+    rest = [e for step in events for e in step if e.request_id == "r0"]
+    while engine.busy:
+        rest += [e for e in engine.step() if e.request_id == "r0"]
+    assert [e.token for e in rest] == whole[0].tokens.tolist()
+    assert [np.float32(e.logprob) for e in rest] == whole[0].logprobs.tolist()
 
 
 def test_every_running_row_gets_one_token_a_step_and_slots_are_filled_at_once(llama: Path):
@@ -173,7 +209,7 @@ def test_every_running_row_gets_one_token_a_step_and_slots_are_filled_at_once(ll
         events = engine.step()
         assert len({(e.request_id, e.index) for e in events}) == len(events)
         counts.append(len(events))
-    assert counts == [4, 4, 6, 2, 2]
+    assert counts == [4, 4, 4, 2, 2, 2]
 
 
 def test_stop_tokens_end_a_row_and_are_its_last_token(llama: Path):
