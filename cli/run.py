@@ -79,6 +79,10 @@ def _print_summary(summary: dict[str, Any], directory: Any) -> None:
         f"at most {summary['peak_memory_gb']:.1f} GB. {summary['reason']}",
         highlight=False,
     )
+    if not summary.get("exact", True):
+        answer.print(
+            "not exact: its tokens depend on which rows ran together, so a repetition differs", highlight=False
+        )
     answer.print(f"report: {directory / 'report.html'}", highlight=False)
     if summary["served"]:
         answer.print(f"serve it: raylign serve {directory.argument}", highlight=False)

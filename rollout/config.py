@@ -23,7 +23,10 @@ class SamplingConfig(Config):
 class RolloutConfig(Config):
     """The rollout role: which engine, how many workers, how many completions a prompt."""
 
-    engine: Literal["native"] = "native"
+    engine: Literal["native", "vllm"] = "native"
+    """`vllm` is faster on GPUs, and does not repeat a run bit for bit."""
+    python: str | None = None
+    """The Python that rollout actors run in, of another environment (`../.venv-vllm/bin/python`); ours by default."""
     workers: ElasticWorkers = ElasticWorkers()
     group_size: int = Field(default=8, ge=2)
     """Completions per prompt; an advantage compares them with each other."""
@@ -36,6 +39,11 @@ class RolloutConfig(Config):
     """How long one group, or loading new weights, may take before the worker counts as lost and is replaced."""
     health_seconds: float = Field(default=30.0, gt=0)
     """How long a worker may give no sign of life (a stopped process, a node without network) before it is replaced."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the tokens are the same bits for any workers: those of the native engine on CPUs, which prove it."""
+        return self.engine == "native" and not self.resources.gpus
 
 
 class RewardBase(Config):

@@ -85,6 +85,7 @@ def begin(name: str, spec: WorkerSpec, role: type, *, concurrency: int) -> Membe
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
         max_concurrency=concurrency,
+        runtime_env={"py_executable": spec.config.python} if spec.config.python else None,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
     )
     return Member(name=name, actor=actor.remote(name, spec), placement=placement)

@@ -66,7 +66,7 @@ class RolloutWorker:
         dtype = "bfloat16" if self._spec.dtype == "bfloat16" else "float32"
         build = ENGINES[config.engine]
         engine: Any = build(self._spec.base, config.slots, self._spec.max_length, dtype, device)
-        if device == "cpu":
+        if config.is_exact:
             check_exactness(engine)
         return engine
 

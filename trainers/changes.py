@@ -9,6 +9,7 @@ from typing import Any
 
 from ..cluster.errors import InputError
 from .config import RunConfig
+from .recipe import PATH_KEYS
 
 _RESULT = {"seed", "model", "prepare", "stages"}
 _FREE = {
@@ -47,7 +48,7 @@ def _leaves(config: RunConfig) -> dict[str, Any]:
 
 def _walk(value: Any, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict | list):
-        yield ".".join(place), PurePath(value).name if place[-1] == "path" and value else value
+        yield ".".join(place), PurePath(value).name if place[-1] in PATH_KEYS and value else value
         return
     for key, part in value.items() if isinstance(value, dict) else enumerate(value):
         if key not in _FREE:

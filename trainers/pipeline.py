@@ -133,6 +133,7 @@ def conclude(
         "evaluation": evaluation or {},
         "weights": {"version": last.version, "digest": Path(last.adapter or "").name} if last else None,
         "served": served,
+        "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, GrpoStage)),
         "wall_seconds": state.get("wall_seconds", 0.0),
         "peak_memory_gb": state.get("peak_memory_gb", 0.0),
         **_workers_seen(config, done, state.get("unfinished", {})),

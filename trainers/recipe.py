@@ -3,6 +3,7 @@
 Imports neither ray nor torch.
 """
 
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..cluster.errors import InputError
 from .config import RunConfig
 
 PREPARED = "prepared://"
+
+PATH_KEYS = ("path", "python")
+"""Keys of a recipe whose values are paths."""
 
 Place = tuple[str | int, ...]
 
@@ -151,6 +155,8 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
         section["data"]["path"] = _absolute(section["data"]["path"], root)
         if (section.get("adapter") or {}).get("path"):
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
+        if python := section.get("rollout", {}).get("python"):
+            section["rollout"]["python"] = _executable(python, root)
         for reward in section.get("rewards", ()):
             if reward["type"] == "function":
                 reward["path"] = _code_path(reward["path"], root)
@@ -159,6 +165,11 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
 
 def _absolute(path: str, root: Path) -> str:
     return path if path.startswith(PREPARED) else str((root / Path(path).expanduser()).resolve())
+
+
+def _executable(path: str, root: Path) -> str:
+    """Links are not followed: the Python of an environment is one, to a Python without the environment."""
+    return os.path.abspath(root / Path(path).expanduser())
 
 
 def _model_path(path: str, root: Path) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from ..cluster.rundir import RESERVED, RunDir, write_atomically
 from .config import RunConfig
-from .recipe import dump_recipe, load_recipe
+from .recipe import PATH_KEYS, dump_recipe, load_recipe
 
 
 def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
@@ -28,7 +28,7 @@ def paths_as_written(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, s
     """The paths of a recipe file as its author wrote them, by their key; overrides win."""
     written = dict(_leaves(yaml.safe_load(recipe.read_text()), ""))
     given = dict(override.split("=", 1) for override in overrides)
-    return written | {key: str(yaml.safe_load(text)) for key, text in given.items() if key.split(".")[-1] == "path"}
+    return written | {key: str(yaml.safe_load(text)) for key, text in given.items() if key.split(".")[-1] in PATH_KEYS}
 
 
 def as_overrides(paths: dict[str, str]) -> list[str]:
@@ -37,11 +37,11 @@ def as_overrides(paths: dict[str, str]) -> list[str]:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every string under a key `path`, with its dotted key."""
+    """Every string under a key of `PATH_KEYS`, with its dotted key."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in parts:
         place = f"{key}.{name}" if key else str(name)
-        if name == "path" and isinstance(inner, str):
+        if name in PATH_KEYS and isinstance(inner, str):
             yield place, inner
         else:
             yield from _leaves(inner, place)

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from ...cluster.errors import InputError
 from ...rollout.chat import encode_prompt
 from ...rollout.config import MathReward, RewardConfig
+from ...rollout.interpreter import check_interpreter
 from ...rollout.rewards.functions import check_names
 from ...rollout.rewards.process import BoundedReward
 from ...serve.config import ServeConfig
@@ -46,6 +47,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
     _check_adapter(config, model)
     _check_rewards(config)
+    _check_interpreters(config)
     stages = []
     for stage in config.stages:
         say(f"{stage_name(stage)}: reading {stage.data.path}")
@@ -146,6 +148,13 @@ def _check_rewards(config: RunConfig) -> None:
         for reward in rewards:
             with BoundedReward(reward, Path("/")) as bounded:
                 bounded.wait_ready()
+
+
+def _check_interpreters(config: RunConfig) -> None:
+    """The Python of rollout actors has the engine, where it is another than ours or the engine is no part of us."""
+    for index, stage in enumerate(config.stages):
+        if isinstance(stage, GrpoStage) and (stage.rollout.python or stage.rollout.engine != "native"):
+            check_interpreter(stage.rollout, f"stages.{index}.rollout")
 
 
 def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> None:

@@ -93,6 +93,7 @@ def _headline(run: RunDir, summary: Record, status: Record, metrics: list[Record
     facts += [
         ("Peak memory", f"{number(summary['peak_memory_gb'])} GB" if summary.get("peak_memory_gb") else None),
         ("Restarts", summary.get("restarts")),
+        ("Repeatable", "closely, not bit for bit" if summary.get("exact") is False else None),
         ("Weights", f"v{weights['version']} · {str(weights.get('digest'))[:12]}" if weights.get("version") else None),
         ("Served as", served.get("model")),
     ]
