@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 VLLM := .venv-vllm
 
-.PHONY: install quickstart test test-vllm check clean
+.PHONY: install quickstart test test-vllm bench check clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,9 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+bench: install
+	@$(BIN)/python -m benchmarks $(or $(NAME),all) $(if $(CASE),--case '$(CASE)')
 
 check: install
 	$(BIN)/ruff check .

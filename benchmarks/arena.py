@@ -18,7 +18,7 @@ class Arena:
         self._exits = ExitStack()
 
     def __enter__(self) -> "Arena":
-        self._root = Path(self._exits.enter_context(TemporaryDirectory(prefix="raylign-bench-")))
+        self.root = Path(self._exits.enter_context(TemporaryDirectory(prefix="raylign-bench-")))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -34,7 +34,7 @@ class Arena:
 
     def folder(self, size: str, dtype: Dtype) -> Path:
         """The saved model."""
-        return self.get(save_model, size, dtype, self._root / f"{size}-{dtype}")
+        return self.get(save_model, size, dtype, self.root / f"{size}-{dtype}")
 
     def native(self, size: str, dtype: Dtype, *, slots: int, max_length: int) -> Native:
         """Our engine."""

@@ -25,6 +25,11 @@ class Pair:
         """Our rate over theirs."""
         return self.ours.rate / self.theirs.rate
 
+    @property
+    def cpu_ratio(self) -> float:
+        """The same by CPU seconds: other load on the machine does not count, nor do waits."""
+        return self.ours.cpu_rate / self.theirs.cpu_rate
+
 
 def one_core() -> None:
     """Bind this process and those it starts to one core, the same for both sides, and torch to one thread; no
@@ -77,6 +82,7 @@ def summary(case: Case, contest: Contest, pairs: Sequence[Pair]) -> dict[str, An
         "unit": case.unit,
         "ours": round(statistics.median(pair.ours.rate for pair in pairs), 3),
         "theirs": round(statistics.median(pair.theirs.rate for pair in pairs), 3),
+        "ratio_cpu_median": round(statistics.median(pair.cpu_ratio for pair in pairs), 4),
         "limit_fraction": None if fraction is None else round(fraction, 4),
         "settings": contest.settings,
         "raw": [_raw(pair) for pair in pairs],

@@ -28,7 +28,7 @@ class Workload:
     """Tokens of a prompt."""
     lengths: tuple[int, ...]
     group: int = 1
-    """So many requests in a row have one prompt."""
+    """So many requests in a row have one prompt, and one length."""
 
     @property
     def useful(self) -> int:
