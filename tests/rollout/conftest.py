@@ -45,16 +45,24 @@ class Shop:
 
     def engine(self, folder: Path) -> Engine:
         if self._kept is None or self._kept[0] != folder or self._kept[1].busy:
-            self._kept = None  # ends an engine that has processes of its own before the next one starts
+            self.close()
             self._kept = folder, ENGINES[self.name](folder, SLOTS, MAX_LENGTH, "float32", "cpu")
         return self._kept[1]
+
+    def close(self) -> None:
+        """End the engine that was kept; one with processes of its own must be gone before the next one starts."""
+        if self._kept and (close := getattr(self._kept[1], "close", None)):
+            close()
+        self._kept = None
 
 
 @pytest.fixture(scope="module", params=["native", pytest.param("vllm", marks=[pytest.mark.vllm, _WITHOUT_VLLM])])
 def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Shop(request.param)
+    made = Shop(request.param)
+    yield made
+    made.close()
     torch.set_num_threads(threads)
 
 
