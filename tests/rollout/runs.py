@@ -25,9 +25,12 @@ def request(
     )
 
 
-def bits(completions: Sequence[Completion]) -> list[tuple[bytes, bytes, str]]:
+def bits(completions: Sequence[Completion]) -> list[tuple[bytes | str, ...]]:
     """All that must be equal where results are exact."""
-    return [(c.tokens.tobytes(), c.logprobs.tobytes(), c.finish_reason) for c in completions]
+    return [
+        (c.tokens.tobytes(), c.logprobs.tobytes(), c.finish_reason, *(array.tobytes() for array in c.top or ()))
+        for c in completions
+    ]
 
 
 def tokens(completions: Sequence[Completion]) -> list[list[int]]:

@@ -1,7 +1,6 @@
-"""The native engine against transformers, and against itself in other company."""
+"""What is the native engine's own, beside what tests/rollout/test_conformance.py asks of every engine."""
 
 import pickle
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from raylign.cluster.errors import InputError
-from raylign.rollout.engine import RequestsFailed, TokenEvent, generate
+from raylign.rollout.engine import RequestsFailed, generate
 from raylign.rollout.native.engine import NativeEngine
-from raylign.rollout.records import Completion, GenerationRequest, Sampling, SeedKey
 from transformers import AutoModelForCausalLM
 
 from ..models import ARCHITECTURES, VOCABULARY, make_adapter, save_model
+from ..reference import Reference
+from ..runs import bits, finish, request, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -32,132 +32,23 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "llama", "llama")
 
 
-def request(number: int, length: int = 6, *, n: int = 1, adapter: str | None = None, **sampling: Any):
-    rng = np.random.default_rng(number)
-    return GenerationRequest(
-        request_id=f"r{number}",
-        prompt=rng.integers(3, VOCABULARY, length).astype(np.int32),
-        sampling=Sampling(**{"max_tokens": 12} | sampling),
-        seed=SeedKey(5, 0, number),
-        n=n,
-        adapter=adapter,
-    )
-
-
-def bits(completions: list[Completion]) -> list[tuple[bytes, bytes, str]]:
-    return [(c.tokens.tobytes(), c.logprobs.tobytes(), c.finish_reason) for c in completions]
-
-
-def run_in_turns(engine: NativeEngine, arrivals: list[list[GenerationRequest]]) -> dict[str, list[Any]]:
-    """Submit one batch of requests before each step; gives every row's tokens and log-probs."""
-    rows: dict[str, list[list[TokenEvent]]] = {}
-    pending = list(arrivals)
-    while pending or engine.busy:
-        for r in pending.pop(0) if pending else []:
-            rows[r.request_id] = [[] for _ in range(r.n)]
-            engine.submit(r)
-        for event in engine.step():
-            rows[event.request_id][event.index].append(event)
-    return {
-        name: [
-            (
-                np.array([e.token for e in events], np.int32).tobytes(),
-                np.array([e.logprob for e in events], np.float32).tobytes(),
-                events[-1].finish_reason,
-            )
-            for events in samples
-        ]
-        for name, samples in rows.items()
-    }
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_gives_the_tokens_of_transformers_generate(architecture: str, tmp_path: Path):
-    from transformers import AutoModelForCausalLM
-
     folder = save_model(tmp_path / architecture, architecture)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    reference = Reference(folder)
     engine = NativeEngine(folder, slots=5, max_length=100)
     requests = [request(i, length, temperature=0, max_tokens=40) for i, length in enumerate((1, 4, 9, 31, 33, 40, 2))]
     got = generate(engine, requests)
     for r in requests:
-        ids = torch.from_numpy(r.prompt.astype(np.int64))[None]
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=40,
-            min_new_tokens=40,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert got[r.request_id][0].tokens.tolist() == out[0, len(r.prompt) :].tolist()
+        assert tokens(got[r.request_id]) == [reference.greedy(r)]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.15)])
-def test_logprobs_are_those_of_a_plain_forward(dtype: Any, tolerance: float, llama: Path):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=getattr(torch, dtype))
-    engine = NativeEngine(llama, slots=8, max_length=64, dtype=dtype)
-    for r in (request(1, n=3, temperature=0.7), request(2, n=1, temperature=0)):
+def test_logprobs_in_bfloat16_are_those_of_a_plain_forward_in_bfloat16(llama: Path):
+    reference = Reference(llama, dtype="bfloat16")
+    engine = NativeEngine(llama, slots=8, max_length=64, dtype="bfloat16")
+    for r in (request(1, n=3, temperature=0.7), request(2, temperature=0)):
         for completion in generate(engine, [r])[r.request_id]:
-            tokens = np.concatenate([r.prompt, completion.tokens]).astype(np.int64)
-            with torch.no_grad():
-                logits = model(torch.from_numpy(tokens)[None]).logits[0, len(r.prompt) - 1 : -1].float()
-            logprobs = torch.log_softmax(logits / (r.sampling.temperature or 1.0), -1)
-            expected = logprobs[range(len(completion.tokens)), completion.tokens.tolist()]
-            assert np.abs(completion.logprobs - expected.numpy()).max() < tolerance
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [
-        ("llama", "float32"),
-        ("llama", "bfloat16"),
-        ("qwen3", "float32"),
-        ("gemma3-sliding", "bfloat16"),
-        ("gpt2", "float32"),
-    ],
-)
-def test_any_company_slots_and_order_give_the_same_bits(dtype: Any, architecture: str, tmp_path: Path):
-    folder = save_model(tmp_path / "model", architecture)
-    adapters = {f"adapter-{i}": make_adapter(folder, tmp_path / str(i), i, r=r) for i, r in enumerate((4, 4, 20))}
-    rng = random.Random(3)
-    names = [None, *adapters]
-    requests = [
-        request(
-            i,
-            rng.choice((1, 2, 5, 13, 30, 31, 32, 60)),
-            n=rng.choice((1, 2, 5)),
-            adapter=rng.choice(names),
-            temperature=rng.choice((0.0, 0.7, 1.0)),
-            top_p=rng.choice((1.0, 0.8)),
-            max_tokens=rng.choice((1, 2, 7, 20, 40)),
-        )
-        for i in range(12)
-    ]
-
-    def engine(slots: int) -> NativeEngine:
-        built = NativeEngine(folder, slots=slots, max_length=128, dtype=dtype)
-        for digest, (tensors, config) in adapters.items():
-            built.load_adapter(digest, tensors, config)
-        return built
-
-    small = engine(1)
-    alone = {r.request_id: bits(generate(small, [r])[r.request_id]) for r in requests}
-    for slots in (3, 8, 13, 64):
-        shuffled = rng.sample(requests, len(requests))
-        turns = [shuffled[i : i + 2] for i in range(0, len(shuffled), 2)] if slots % 2 else [shuffled]
-        assert run_in_turns(engine(slots), turns) == alone
-
-
-def test_a_sample_of_a_group_is_the_same_when_it_is_asked_for_by_itself(llama: Path):
-    engine = NativeEngine(llama, slots=8, max_length=64)
-    group = generate(engine, [request(4, n=5)])["r4"]
-    single = replace(request(4), seed=SeedKey(5, 0, 4, sample=3))
-    assert bits(generate(engine, [single])["r4"]) == bits(group[3:4])
-    assert len({c.tokens.tobytes() for c in group}) == 5
+            assert np.abs(completion.logprobs - reference.logprobs(r, completion)).max() < 0.15
 
 
 def test_a_prompt_is_prefilled_once_for_all_its_completions(llama: Path):
@@ -212,100 +103,24 @@ def test_every_running_row_gets_one_token_a_step_and_slots_are_filled_at_once(ll
     assert counts == [4, 4, 4, 2, 2, 2]
 
 
-def test_stop_tokens_end_a_row_and_are_its_last_token(llama: Path):
-    engine = NativeEngine(llama, slots=8, max_length=64)
-    free = generate(engine, [request(3, temperature=0)])["r3"][0].tokens.tolist()
-    stop = next(t for t in free if t != free[0])
-    completion = generate(engine, [request(3, temperature=0, stop_token_ids=(stop, 96))])["r3"][0]
-    assert completion.tokens.tolist() == free[: free.index(stop) + 1]
-    assert completion.finish_reason == "stop"
-
-
-def test_stop_strings_end_a_row_where_they_are_complete(tiny_model: Path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    engine = NativeEngine(tiny_model, slots=8, max_length=128)
-    prompt = np.array(tokenizer("hello")["input_ids"], np.int32)
-    ask = replace(request(1), prompt=prompt, sampling=Sampling(temperature=1.0, max_tokens=80))
-    free = generate(engine, [ask])["r1"][0].tokens.tolist()
-    stop = tokenizer.decode(free[20:23])
-    end = next(i for i in range(1, 81) if stop in tokenizer.decode(free[:i]))
-    completion = generate(engine, [replace(ask, sampling=replace(ask.sampling, stop=("no such text", stop)))])["r1"][0]
-    assert completion.tokens.tolist() == free[:end]
-    assert completion.finish_reason == "stop"
-
-
-def test_abort_removes_waiting_and_running_rows_and_leaves_the_others_their_bits(llama: Path):
-    engine = NativeEngine(llama, slots=4, max_length=64)
-    kept = request(1, n=2)
-    expected = bits(generate(engine, [kept])["r1"])
-    for r in (request(0, n=2), kept, request(2, n=3)):
-        engine.submit(r)
-    events = engine.step()
-    engine.abort("r0")
-    engine.abort("r2")
-    engine.abort("never heard of")
-    while engine.busy:
-        new = engine.step()
-        assert {e.request_id for e in new} == {"r1"}
-        events += new
-    got = [[e.token for e in events if (e.request_id, e.index) == ("r1", i)] for i in range(2)]
-    assert [np.array(tokens, np.int32).tobytes() for tokens in got] == [tokens for tokens, *_ in expected]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt": np.arange(60, dtype=np.int32)}, "60 prompt \\+ 12 new tokens, the engine holds 64"),
-        ({"prompt": np.array([], np.int32)}, "empty prompt"),
-        ({"prompt": np.array([3, VOCABULARY], np.int32)}, "outside of 0 … 96"),
-        ({"adapter": "a1b2"}, "adapter a1b2, which is not loaded"),
-        ({"n": 0}, "n=0"),
-        ({"sampling": Sampling(temperature=-1.0, max_tokens=4)}, "temperature -1.0"),
-    ],
-)
-def test_requests_that_cannot_be_served_are_refused(change: dict[str, Any], message: str, llama: Path):
-    engine = NativeEngine(llama, slots=8, max_length=64)
-    with pytest.raises(InputError, match=message):
-        engine.submit(replace(request(1), **change))
-    assert not engine.busy
-
-
-def test_the_same_name_twice_is_refused_while_it_runs(llama: Path):
-    engine = NativeEngine(llama, slots=8, max_length=64)
-    generate(engine, [request(1)])
-    engine.submit(request(1))
-    with pytest.raises(InputError, match="'r1' is already running"):
-        engine.submit(request(1))
-
-
 def test_max_length_is_cut_to_what_the_model_can_hold(llama: Path):
     assert NativeEngine(llama, slots=8, max_length=10_000).max_length == 256
 
 
-def test_new_base_weights_take_effect_and_must_fit(llama: Path, tmp_path: Path):
+def test_new_base_weights_must_fit_and_leave_the_old_where_they_do_not(llama: Path, tmp_path: Path):
     from safetensors.numpy import load_file
 
-    other = save_model(tmp_path / "other", "llama", seed=9)
-    tensors = load_file(other / "model.safetensors")
+    other = load_file(save_model(tmp_path / "other", "llama", seed=9) / "model.safetensors")
     engine = NativeEngine(llama, slots=8, max_length=64)
     before = bits(generate(engine, [request(1)])["r1"])
-    engine.submit(request(2))
-    with pytest.raises(InputError, match="while requests run"):
-        engine.load_base(tensors)
-    engine.abort("r2")
-    engine.load_base(tensors)
-    after = bits(generate(engine, [request(1)])["r1"])
-    assert after != before
-    assert after == bits(generate(NativeEngine(other, slots=8, max_length=64), [request(1)])["r1"])
     name = "model.norm.weight"
     with pytest.raises(InputError, match=f"lack {name}"):
-        engine.load_base({k: v for k, v in tensors.items() if k != name})
+        engine.load_base({k: v for k, v in other.items() if k != name})
     with pytest.raises(InputError, match="shape"):
-        engine.load_base(tensors | {name: np.zeros(3, np.float32)})
+        engine.load_base(other | {name: np.zeros(3, np.float32)})
     with pytest.raises(InputError, match="nonsense"):
-        engine.load_base(tensors | {"nonsense": np.zeros(3, np.float32)})
+        engine.load_base(other | {"nonsense": np.zeros(3, np.float32)})
+    assert bits(generate(engine, [request(1)])["r1"]) == before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -325,16 +140,13 @@ def test_weights_that_diverged_end_their_own_requests_only(llama: Path, tmp_path
     engine = NativeEngine(llama, slots=8, max_length=64)
     engine.load_adapter("diverged", huge, config)
     good = request(1, n=3)
-    expected = bits(generate(engine, [good])["r1"])
+    expected = tokens(generate(engine, [good])["r1"])
     engine.submit(good)
     events = engine.step()
     engine.submit(request(2, adapter="diverged"))
     with pytest.raises(RequestsFailed, match=r"adapter diverged gives logits that are not finite.*\(requests r2\)"):
         engine.step()
-    while engine.busy:
-        events += engine.step()
-    got = [[e.token for e in events if e.index == i] for i in range(3)]
-    assert [np.array(tokens, np.int32).tobytes() for tokens in got] == [tokens for tokens, *_ in expected]
+    assert finish(engine, events) == {"r1": expected}
 
 
 def test_the_last_tokens_of_a_request_are_not_lost_with_a_diverged_one(llama: Path, tmp_path: Path):
