@@ -24,7 +24,7 @@ def possible_ratio(prompt: int, completion: int, group: int) -> float:
 def cases() -> list[Case]:
     """Named like `25M-fp32-p512-c32-G8-vs-generate`."""
     return [
-        _case(size, dtype, workload(size, _GROUPS[size], _PROMPT, _COMPLETION))
+        _case(size, dtype, workload(size, dtype, _GROUPS[size], _PROMPT, _COMPLETION))
         for size in SHAPES
         for dtype in get_args(Dtype)
     ]
@@ -32,18 +32,23 @@ def cases() -> list[Case]:
 
 def quick_cases() -> list[Case]:
     """One small case."""
-    return [_case("1M", "fp32", workload("1M", 1, 64, 4))]
+    return [_case("1M", "fp32", workload("1M", "fp32", 1, 64, 4))]
 
 
-def workload(size: str, groups: int, prompt: int, completion: int) -> Workload:
+def workload(size: str, dtype: Dtype, groups: int, prompt: int, completion: int) -> Workload:
     """Some groups of eight with a prompt each."""
-    lengths = (completion,) * (groups * GROUP)
-    return Workload(vocabulary=SHAPES[size].vocabulary, prompt=prompt, lengths=lengths, group=GROUP)
+    return Workload(
+        case=f"{size}-{dtype}-p{prompt}-c{completion}-G{GROUP}-vs-generate",
+        vocabulary=SHAPES[size].vocabulary,
+        prompt=prompt,
+        lengths=(completion,) * (groups * GROUP),
+        group=GROUP,
+    )
 
 
 def _case(size: str, dtype: Dtype, work: Workload) -> Case:
     return Case(
-        name=f"{size}-{dtype}-p{work.prompt}-c{work.lengths[0]}-G{GROUP}-vs-generate",
+        name=work.case,
         peer="generate",
         unit="useful completion tokens/s",
         group=f"{size}-{dtype}",

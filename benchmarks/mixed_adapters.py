@@ -22,14 +22,12 @@ PEERS = ("base", "peft", "switching")
 
 def cases() -> list[Case]:
     """Named like `25M-fp32-A16-vs-peft`."""
-    work = Workload(vocabulary=SHAPES["25M"].vocabulary, prompt=_PROMPT, lengths=(_COMPLETION,) * ROWS)
-    return [_case("25M", "fp32", work, count, peer) for count in _COUNTS for peer in PEERS]
+    return [_case("25M", "fp32", (ROWS, _PROMPT, _COMPLETION), count, peer) for count in _COUNTS for peer in PEERS]
 
 
 def quick_cases() -> list[Case]:
     """Four adapters on the smallest model."""
-    work = Workload(vocabulary=SHAPES["1M"].vocabulary, prompt=8, lengths=(4,) * 8)
-    return [_case("1M", "fp32", work, 4, peer) for peer in PEERS]
+    return [_case("1M", "fp32", (8, 8, 4), 4, peer) for peer in PEERS]
 
 
 def names_for(rows: int, count: int, pair: int) -> list[str]:
@@ -94,9 +92,16 @@ def _adapted(arena: Arena, size: str, dtype: Dtype, slots: int, max_length: int,
     return native
 
 
-def _case(size: str, dtype: Dtype, work: Workload, count: int, peer: str) -> Case:
+def _case(size: str, dtype: Dtype, sizes: tuple[int, int, int], count: int, peer: str) -> Case:
+    rows, prompt, completion = sizes
+    work = Workload(
+        case=f"{size}-{dtype}-A{count}-vs-{peer}",
+        vocabulary=SHAPES[size].vocabulary,
+        prompt=prompt,
+        lengths=(completion,) * rows,
+    )
     return Case(
-        name=f"{size}-{dtype}-A{count}-vs-{peer}",
+        name=work.case,
         peer=peer,
         unit="completion tokens/s",
         group=f"{size}-{dtype}",

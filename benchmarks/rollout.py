@@ -26,13 +26,7 @@ PEERS = ("generate", "continuous-batching", "vllm-cpu")
 def cases() -> list[Case]:
     """Named like `25M-fp32-p32-lognormal-vs-generate`."""
     return [
-        Case(
-            name=f"{size}-{dtype}-p{prompt}-{lengths}-vs-{peer}",
-            peer=peer,
-            unit="useful completion tokens/s",
-            group=f"{size}-{dtype}",
-            make=partial(_contest, size, dtype, workload(size, prompt, lengths), peer),
-        )
+        _case(size, dtype, workload(size, prompt, lengths, f"{size}-{dtype}-p{prompt}-{lengths}-vs-{peer}"), peer)
         for size in SHAPES
         for dtype in get_args(Dtype)
         for prompt in (32, 512)
@@ -41,27 +35,31 @@ def cases() -> list[Case]:
     ]
 
 
-def workload(size: str, prompt: int, lengths: Lengths) -> Workload:
+def quick_cases() -> list[Case]:
+    """One small case of each peer that runs in this process."""
+    vocabulary = SHAPES["1M"].vocabulary
+    works = {
+        peer: Workload(case=f"1M-fp32-quick-vs-{peer}", vocabulary=vocabulary, prompt=8, lengths=(2, 9, 4, 16))
+        for peer in PEERS[:2]
+    }
+    return [_case("1M", "fp32", work, peer) for peer, work in works.items()]
+
+
+def workload(size: str, prompt: int, lengths: Lengths, case: str) -> Workload:
     """The requests of a case; equal lengths are the lognormal ones' median."""
     requests, median = _REQUESTS_AND_MEDIAN[size, prompt]
     drawn = lognormal_lengths(requests, median).tolist() if lengths == "lognormal" else [median] * requests
-    return Workload(vocabulary=SHAPES[size].vocabulary, prompt=prompt, lengths=tuple(drawn))
+    return Workload(case=case, vocabulary=SHAPES[size].vocabulary, prompt=prompt, lengths=tuple(drawn))
 
 
-def quick_cases() -> list[Case]:
-    """One small case of each peer that runs in this process."""
-    work = Workload(vocabulary=SHAPES["1M"].vocabulary, prompt=8, lengths=(2, 9, 4, 16))
-    peers = PEERS[:2]
-    return [
-        Case(
-            name=f"1M-fp32-quick-vs-{peer}",
-            peer=peer,
-            unit="useful completion tokens/s",
-            group="1M-fp32",
-            make=partial(_contest, "1M", "fp32", work, peer),
-        )
-        for peer in peers
-    ]
+def _case(size: str, dtype: Dtype, work: Workload, peer: str) -> Case:
+    return Case(
+        name=work.case,
+        peer=peer,
+        unit="useful completion tokens/s",
+        group=f"{size}-{dtype}",
+        make=partial(_contest, size, dtype, work, peer),
+    )
 
 
 def _contest(size: str, dtype: Dtype, work: Workload, peer: str, arena: Arena) -> Contest:

@@ -1,5 +1,6 @@
 """What is generated: prompts that no pair has seen before, and completion lengths that are fixed per request."""
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ def lognormal_lengths(count: int, median: int) -> np.ndarray:
 class Workload:
     """Requests of one case. EOS is off: request i wants `lengths[i]` tokens, useful tokens are their sum."""
 
+    case: str
+    """The case's name, so that no two cases have the same prompts."""
     vocabulary: int
     prompt: int
     """Tokens of a prompt."""
@@ -46,8 +49,9 @@ class Workload:
         return len(self.lengths) // self.group
 
     def prompts(self, pair: int) -> list[list[int]]:
-        """One prompt a request; new ones for every pair, so that no prefix cache knows them; special ids left out."""
-        random = np.random.default_rng((_SEED, pair))
+        """One prompt a request; new ones for every pair of every case, so that no prefix cache knows them;
+        special ids are left out."""
+        random = np.random.default_rng((_SEED, zlib.crc32(self.case.encode()), pair))
         drawn = random.integers(3, self.vocabulary, (self.prompts_computed, self.prompt))
         return drawn.repeat(self.group, axis=0).tolist()
 

@@ -32,7 +32,7 @@ def test_a_quick_run_measures_and_writes_its_case(tmp_path: Path) -> None:
 
 
 def test_every_peer_generates_what_is_wanted(tmp_path: Path) -> None:
-    work = Workload(vocabulary=2048, prompt=5, lengths=(7, 7, 2, 2), group=2)
+    work = Workload(case="c", vocabulary=2048, prompt=5, lengths=(7, 7, 2, 2), group=2)
     folder = save_model("1M", "bf16", tmp_path / "model")
     sides = [
         Native(folder, "bf16", slots=8, max_length=16),

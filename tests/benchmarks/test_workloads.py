@@ -1,5 +1,7 @@
 """What the benchmarks generate, and what the machine allows at most."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -22,10 +24,11 @@ def test_lognormal_lengths_are_the_same_every_time_and_have_the_median_and_range
 
 
 def test_prompts_are_new_in_every_pair_equal_on_both_sides_and_shared_in_a_group() -> None:
-    work = Workload(vocabulary=50, prompt=6, lengths=(3, 3, 5, 5), group=2)
+    work = Workload(case="c", vocabulary=50, prompt=6, lengths=(3, 3, 5, 5), group=2)
     first = work.prompts(1)
     assert first == work.prompts(1)
     assert first != work.prompts(2)
+    assert first != replace(work, case="d").prompts(1)
     assert first[0] == first[1] != first[2] == first[3]
     assert {len(prompt) for prompt in first} == {6}
     assert min(min(prompt) for prompt in first) >= 3
@@ -48,7 +51,7 @@ def test_the_limit_counts_each_product_once(monkeypatch: pytest.MonkeyPatch) -> 
     """One second a row of any product: 2 layers of 7 products and the output layer."""
     monkeypatch.setattr(limits, "product_seconds", lambda rows, matrix, dtype: float(rows))
     shape = Shape(vocabulary=10, hidden=4, intermediate=6, layers=2, heads=2)
-    work = Workload(vocabulary=10, prompt=5, lengths=(3, 3, 4, 4), group=2)
+    work = Workload(case="c", vocabulary=10, prompt=5, lengths=(3, 3, 4, 4), group=2)
     prefill, decode, head = 14 * 2 * 5, 14 * (14 - 4), 14
     assert limits.tokens_per_second(shape, work, "fp32", 4) == pytest.approx(14 / (prefill + decode + head))
 
