@@ -4,7 +4,7 @@ Imports neither ray nor torch: recipe errors must come back at once.
 """
 
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
@@ -61,6 +61,17 @@ class ElasticWorkers(Config):
         if not self.min <= self.start <= self.max:
             raise ValueError(f"needs min <= start <= max, not {self.min}, {self.start}, {self.max}")
         return self
+
+
+class WeightsConfig(Config):
+    """How new weights reach rollout workers."""
+
+    transport: Literal["object_store", "nccl"] = "object_store"
+    """Through Ray's object store, where workers may come and go, or by broadcast to a fixed fleet of GPU workers. The
+    broadcast's ports know no token: keep it on a network of your own."""
+    on_loss: Literal["object_store", "fail"] = "object_store"
+    """What a broken NCCL group means: the version comes through the object store and the next through a new group, or
+    the end of the run."""
 
 
 class ClusterConfig(Config):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from ..cluster.config import Config, ElasticWorkers, Resources
+from ..cluster.config import Config, ElasticWorkers, Resources, WeightsConfig
 
 
 class SamplingConfig(Config):
@@ -44,6 +44,25 @@ class RolloutConfig(Config):
     def is_exact(self) -> bool:
         """Whether the tokens are the same bits for any workers: those of the native engine on CPUs, which prove it."""
         return self.engine == "native" and not self.resources.gpus
+
+    weights: WeightsConfig = WeightsConfig()
+
+    @model_validator(mode="after")
+    def _fleet_fits_transport(self) -> "RolloutConfig":
+        if self.weights.transport != "nccl":
+            return self
+        low, high = self.workers.min, self.workers.max
+        if low != high:
+            raise ValueError(
+                f"weights.transport nccl needs a fixed fleet and workers are {low} to {high}: write workers: {high}, "
+                "or take object_store"
+            )
+        if self.resources.gpus < 1:
+            raise ValueError(
+                f"weights.transport nccl needs a GPU in every worker and resources.gpus is {self.resources.gpus:g}: "
+                "write 1, or take object_store"
+            )
+        return self
 
 
 class RewardBase(Config):

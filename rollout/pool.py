@@ -64,6 +64,11 @@ class RolloutPool:
         return len(self._fleet.ready())
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Who they are, in the order of their start."""
+        return tuple(member.name for member in self._fleet.ready())
+
+    @property
     def target(self) -> int:
         """Workers that are asked for."""
         return self._fleet.target

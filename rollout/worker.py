@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cluster.errors import RunFailed
-from ..cluster.weights import ObjectStore, Tensors, WeightVersion, version_digest
+from ..cluster.weights import Tensors, WeightVersion, open_transport, version_digest
 from .config import RolloutConfig
 from .engine_thread import EngineThread, collect
 from .engines import ENGINES
@@ -171,7 +171,7 @@ class RolloutActor:
 
     def __init__(self, name: str, spec: WorkerSpec) -> None:
         self._name, self._spec = name, spec
-        self._transport = ObjectStore()
+        self._transport = open_transport(spec.config.weights, timeout=spec.config.timeout_seconds)
 
     def build(self) -> None:
         """Load the model. Raises what `RolloutWorker` raises."""

@@ -174,6 +174,15 @@ class GrpoStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _policy_can_broadcast(self) -> "GrpoStage":
+        if self.rollout.weights.transport == "nccl" and self.policy.gpus < 1:
+            raise ValueError(
+                f"rollout.weights.transport nccl needs a GPU for the policy and policy.gpus is {self.policy.gpus:g}: "
+                "write 1, or take object_store"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trains_on_what_is_sampled(self) -> "GrpoStage":
         sampling, reason = self.rollout.sampling, "the trainer's log-probs are those of the temperature alone"
         if sampling.temperature == 0:

@@ -3,6 +3,7 @@
 A digest names what the bytes are; a version says when a run made them. Both travel with every sample and every answer.
 """
 
+from .collective import Collective, open_transport
 from .digests import Tensors, adapter_digest, base_digest, model_digest, tensors_digest, version_digest
 from .folders import load_adapter, save_adapter
 from .transport import Channel, ObjectStore, Parcel, Transport
@@ -10,6 +11,7 @@ from .versions import WeightStore, WeightVersion
 
 __all__ = [
     "Channel",
+    "Collective",
     "ObjectStore",
     "Parcel",
     "Tensors",
@@ -20,6 +22,7 @@ __all__ = [
     "base_digest",
     "load_adapter",
     "model_digest",
+    "open_transport",
     "save_adapter",
     "tensors_digest",
     "version_digest",

@@ -66,8 +66,11 @@ class ObjectStore:
 
     def receive(self, parcel: Parcel, name: str, *, timeout: float) -> Tensors:
         """Views of this node's shared memory, without a copy."""
-        buckets = get(list(parcel.buckets), actor="the object store", what=f"the weights for {name}", timeout=timeout)
-        return {name: array for bucket in buckets for name, array in bucket.items()}
+        return {key: array for bucket in self.buckets(parcel, timeout=timeout) for key, array in bucket.items()}
+
+    def buckets(self, parcel: Parcel, *, timeout: float) -> list[Tensors]:
+        """The parcel's objects, in order."""
+        return get(list(parcel.buckets), actor="the object store", what="the weights' buckets", timeout=timeout)
 
     def close(self) -> None:
         """Nothing is held: a version's memory is free when its last reference is."""

@@ -183,8 +183,10 @@ class OnlineLoop:
     def _publish(self, version: int, *, changed: bool) -> None:
         """Make the policy's weights the next version; rollout workers prove that they hold it, the first right now."""
         with self._phase("publish", lane="policy-0"):
-            published = self._roles.publish(version, tick=self._look_after)
+            published = self._roles.publish(version, self._pool.names, tick=self._look_after)
             self._weights.publish(published, changed=changed)
+            if published.parcel.note:
+                self._run.event("weights_regrouped", version=version, reason=published.parcel.note)
             self._pool.set_weights(published, tick=self._look_after)
 
     def _record(self, step: int, groups: list[Group], varies: np.ndarray, learned: dict[str, float]) -> None:
@@ -212,7 +214,7 @@ class OnlineLoop:
             self.step = self._saved = checkpoint.step
             self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
             self._roles.load(checkpoint.path, tick=self._tick)
-        published = self._weights.publish(self._roles.publish(self.step, tick=self._tick), changed=False)
+        published = self._weights.publish(self._roles.publish(self.step, (), tick=self._tick), changed=False)
         if checkpoint:
             self._refuse_another(checkpoint, digest=published.digest)
             self._run.event("resumed", stage=self._name, step=checkpoint.step)

@@ -1,6 +1,7 @@
 """The policy and reference roles: plain classes around a model, and their Ray shells."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.errors import RunFailed
-from ...cluster.weights import ObjectStore, Tensors, WeightVersion, version_digest
+from ...cluster.weights import Tensors, WeightVersion, open_transport, version_digest
 from ..schedule import learning_rate
 from ..stages import GrpoStage
 from .batch import TrainSample, micro_batches
@@ -109,13 +110,12 @@ class Policy:
             largest = max(largest, *gaps.tolist())
         return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
 
-    def export(self) -> tuple[Tensors, dict[str, Any], str]:
-        """What rollouts need: adapter tensors and PEFT config (or all tensors and `{}`), and their digest.
+    def export(self) -> tuple[Tensors, dict[str, Any]]:
+        """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`.
 
         On a CPU the tensors are views of the weights, good until the next update.
         """
-        tensors, config = self._exporter.tensors(), self._exporter.config
-        return tensors, config, version_digest(tensors, config, self._spec.base_digest)
+        return self._exporter.tensors(), self._exporter.config
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
@@ -184,21 +184,24 @@ def _device(gpus: float) -> str:
 
 
 class PolicyActor:
-    """The Ray shell of a `Policy`: publishes through the object store."""
+    """The Ray shell of a `Policy`: publishes what it has learned."""
 
     def __init__(self, spec: PolicySpec) -> None:
         self._policy, self._base = Policy(spec), spec.base_digest
-        self._transport = ObjectStore()
+        stage = spec.stage
+        self._transport = open_transport(stage.rollout.weights, timeout=stage.timeout_seconds)
+        self._hashing = ThreadPoolExecutor(1, "digest")
 
     def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
         """One optimizer step."""
         return self._policy.update(samples, step)
 
-    def publish(self, version: int) -> WeightVersion:
-        """Make the weights as they are now available to workers, under a version and their digest."""
-        tensors, config, digest = self._policy.export()
-        parcel = self._transport.send(tensors)
-        return WeightVersion(version=version, digest=digest, parcel=parcel, config=config, base=self._base)
+    def publish(self, version: int, workers: Sequence[str]) -> WeightVersion:
+        """Make the weights as they are now available to these workers, and to any that come later."""
+        tensors, config = self._policy.export()
+        digest = self._hashing.submit(version_digest, tensors, config, self._base)  # beside the copying
+        parcel = self._transport.send(tensors, workers)
+        return WeightVersion(version=version, digest=digest.result(), parcel=parcel, config=config, base=self._base)
 
     def save(self, folder: Path) -> None:
         """Write the training state into a folder on the run's storage."""

@@ -132,9 +132,9 @@ class Roles:
         """One optimizer step; its metrics."""
         return self._ask_policy(f"the update of step {step}", tick, "update", samples, step)
 
-    def publish(self, version: int, *, tick: Tick) -> WeightVersion:
+    def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""
-        return self._ask_policy(f"publishing version {version}", tick, "publish", version)
+        return self._ask_policy(f"publishing version {version}", tick, "publish", version, workers)
 
     def save(self, folder: Path, *, tick: Tick) -> None:
         """Have the policy write its state."""
