@@ -115,7 +115,15 @@ def _nothing(timeout: float | None = None) -> None:
     """In place of a second shutdown."""
 
 
+async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    loop.stop()
+
+
 def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
+    asyncio.run_coroutine_threadsafe(_end_tasks(loop), loop)
     if thread is not threading.current_thread():
         thread.join(timeout=5.0)

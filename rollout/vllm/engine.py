@@ -63,6 +63,7 @@ class VllmEngine:
         self._adapters: dict[str, LoRARequest] = {}
         self._tokenizer: Any = None
         self._core = Core(args)
+        self._base_adapter = self._neutral() if args.enable_lora and device == "cpu" else None
 
     @property
     def busy(self) -> bool:
@@ -90,7 +91,7 @@ class VllmEngine:
         )
         params = [sampling_params(request, index) for index in range(request.n)]
         names = [f"{next(self._numbers)}" for _ in params]
-        adapter = self._adapters[request.adapter] if request.adapter else None
+        adapter = self._adapters[request.adapter] if request.adapter else self._base_adapter
         self._running[request.request_id] = names
         for index, (name, each) in enumerate(zip(names, params, strict=True)):
             self._rows[name] = Row(request, index, self._strings(request))
@@ -167,18 +168,28 @@ class VllmEngine:
             return
         if not self._takes_adapters:
             raise InputError(f"vLLM has no LoRA for the architecture of {self._folder.name}: use the native engine")
+        self._adapters[digest] = self._add(digest, tensors, config)
+
+    def _neutral(self) -> LoRARequest:
+        """What rows of the base model run with on a CPU.
+
+        Rows without an adapter have the index -1 there, and vLLM's products on a CPU take that for the last adapter.
+        """
+        return self._add("neutral", *self._shapes.neutral_adapter())
+
+    def _add(self, name: str, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> LoRARequest:
         number = next(self._numbers)
         folder = Path(self._scratch.name) / f"adapter-{number}"
         write_adapter(folder, tensors, config, max_rank=MAX_RANK)
-        request = LoRARequest(lora_name=digest, lora_int_id=number, lora_path=str(folder))
+        request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder))
         try:
             self._core.ask(self._core.llm.add_lora(request))
         except WorkerLost:
             raise
         except Exception as error:  # noqa: BLE001  vLLM raises whatever it meets in the folder
             shutil.rmtree(folder)
-            raise InputError(f"vLLM cannot load adapter {digest[:12]}: {error}") from None
-        self._adapters[digest] = request
+            raise InputError(f"vLLM cannot load adapter {name[:12]}: {error}") from None
+        return request
 
     def drop_adapter(self, digest: str) -> None:
         """Forget an adapter. Raises `InputError` while a request uses it, or when it is not loaded."""

@@ -17,6 +17,17 @@ class BaseShapes:
         self._shapes = _read_shapes(folder)
         self._optional = {"lm_head.weight"} if tied else set[str]()
 
+    def neutral_adapter(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Tensors and PEFT config of an adapter that changes nothing: zeros on a layer of the attention."""
+        name = next(n for n, shape in self._shapes.items() if ".0." in n and "attn" in n and len(shape) == 2)
+        outputs, inputs = self._shapes[name]
+        layer = name.removesuffix(".weight")
+        tensors = {
+            f"base_model.model.{layer}.lora_A.weight": np.zeros((1, inputs), np.float32),
+            f"base_model.model.{layer}.lora_B.weight": np.zeros((outputs, 1), np.float32),
+        }
+        return tensors, {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [layer.rpartition(".")[2]]}
+
     def write(self, folder: Path, tensors: dict[str, np.ndarray]) -> None:
         """Write weights as safetensors. Raises `InputError` when a name or shape is unknown or a weight is missing."""
         from safetensors.numpy import save_file

@@ -74,7 +74,7 @@ def engine_args(
         settings |= {
             "enable_lora": True,
             "max_lora_rank": MAX_RANK,
-            "max_loras": BATCH_ADAPTERS,
+            "max_loras": BATCH_ADAPTERS + (device == "cpu"),  # one more for the base model's rows, see engine.py
             "max_cpu_loras": CACHED_ADAPTERS,
         }
     if device == "cpu":
