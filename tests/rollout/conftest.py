@@ -84,6 +84,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
         "wide": {"r": 24},
         "attention": {"targets": ["q_proj", "v_proj"]},
         "rslora": {"rslora": True},
+        "down": {"targets": ["down_proj"]},
     }
     for seed, (digest, kind) in enumerate(kinds.items(), 1):
         make_adapter(folder, root / digest, seed, **kind)

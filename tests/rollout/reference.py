@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from raylign.rollout.records import Completion, GenerationRequest, Sampling
+from raylign.rollout.records import Completion, GenerationRequest, Sampling, TopLogprobs
 
 
 class Reference:
@@ -70,3 +70,26 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 def _normalised(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
+
+
+def chi_squared_excess(counts: np.ndarray, expected: np.ndarray) -> float:
+    """How far Pearson's statistic lies above what it exceeds once in a thousand times (Wilson and Hilferty 1931).
+
+    Tokens expected fewer than five times count as one.
+    """
+    often = expected >= 5
+    counts = np.append(counts[often], counts[~often].sum())
+    expected = np.append(expected[often], expected[~often].sum())
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = max(1, len(counts) - 1)
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(((counts - expected) ** 2 / expected).sum() - limit)
+
+
+def check_top(top: TopLogprobs | None, ids: np.ndarray, logprobs: np.ndarray, tolerance: float) -> None:
+    """The first token's likeliest tokens; what could not be drawn has -inf, and then its id means nothing."""
+    assert top is not None
+    possible = np.isfinite(logprobs)
+    assert (np.isfinite(top.logprobs[0]) == possible).all()
+    assert top.ids[0][possible].tolist() == ids[possible].tolist()
+    assert np.abs(top.logprobs[0][possible] - logprobs[possible]).max() < tolerance

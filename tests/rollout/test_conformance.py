@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from raylign.cluster.errors import InputError
-from raylign.rollout.engine import Engine, generate
+from raylign.cluster.weights import load_adapter
+from raylign.rollout.engine import Engine, RequestsFailed, generate
 from raylign.rollout.engines import ENGINES
-from raylign.rollout.records import Sampling, TopLogprobs
+from raylign.rollout.records import Sampling
 
 from ..conftest import save_tokenizer
 from .conftest import SLOTS, TRAITS, WIDE, Model, Shop
 from .models import save_model
-from .reference import Reference
+from .reference import Reference, check_top, chi_squared_excess
 from .runs import bits, finish, request, run_in_turns, tokens
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -30,8 +31,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def load(engine: Engine, model: Model, *digests: str) -> None:
-    from raylign.cluster.weights import load_adapter
-
     for digest in digests:
         engine.load_adapter(digest, *load_adapter(model.adapters[digest]))
 
@@ -59,6 +58,8 @@ def test_rows_of_many_adapters_in_one_batch_give_pefts_tokens_and_those_of_each_
         completion = together[r.request_id][0]
         assert completion.tokens.tolist() == model.reference.greedy(r), r.adapter
         assert tokens(generate(engine, [r])[r.request_id]) == [completion.tokens.tolist()]
+    same_prompt = [replace(request(9, temperature=0), request_id=str(d), adapter=d) for d in (None, *model.adapters)]
+    assert len({str(tokens(row)) for row in generate(engine, same_prompt).values()}) == 1 + len(model.adapters)
 
 
 @pytest.mark.parametrize(
@@ -99,29 +100,6 @@ def test_tokens_are_drawn_from_just_the_distribution_asked_for(
     best = np.argsort(-expected)[:5]
     with np.errstate(divide="ignore"):
         check_top(completions[0].top, best, np.log(expected[best]), shop.traits.tolerance)
-
-
-def chi_squared_excess(counts: np.ndarray, expected: np.ndarray) -> float:
-    """How far Pearson's statistic lies above what it exceeds once in a thousand times (Wilson and Hilferty 1931).
-
-    Tokens expected fewer than five times count as one.
-    """
-    often = expected >= 5
-    counts = np.append(counts[often], counts[~often].sum())
-    expected = np.append(expected[often], expected[~often].sum())
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    freedom = max(1, len(counts) - 1)
-    limit = freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-    return float(((counts - expected) ** 2 / expected).sum() - limit)
-
-
-def check_top(top: TopLogprobs | None, ids: np.ndarray, logprobs: np.ndarray, tolerance: float) -> None:
-    """The first token's likeliest tokens; what could not be drawn has -inf, and then its id means nothing."""
-    assert top is not None
-    possible = np.isfinite(logprobs)
-    assert (np.isfinite(top.logprobs[0]) == possible).all()
-    assert top.ids[0][possible].tolist() == ids[possible].tolist()
-    assert np.abs(top.logprobs[0][possible] - logprobs[possible]).max() < tolerance
 
 
 def test_top_logprobs_come_with_every_token_of_the_rows_that_ask(engine: Engine):
@@ -244,7 +222,7 @@ def test_adapters_come_and_go_while_requests_run(engine: Engine, model: Model):
         request(i, adapter=digest, temperature=0, max_tokens=60)
         for i, digest in enumerate((None, "every-layer", "attention"))
     )
-    load(engine, model, "every-layer", "rslora")
+    load(engine, model, "every-layer", "rslora", "rslora")  # what is loaded stays
     engine.submit(base)
     engine.submit(first)
     with pytest.raises(InputError, match="adapter every-layer is in use by 1 requests, 'r1' among them"):
@@ -274,28 +252,64 @@ def test_new_weights_under_a_new_digest_are_not_mixed_up_with_the_old(engine: En
             engine.drop_adapter(r.adapter)
 
 
-def test_new_base_weights_take_effect_and_are_refused_while_requests_run(engine: Engine, model: Model, tmp_path: Path):
+def weights(folder: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
+    return load_file(folder / "model.safetensors")
+
+
+def test_new_base_weights_take_effect_for_adapters_too(engine: Engine, model: Model, tmp_path: Path):
     vocabulary = save_tokenizer(tmp_path / "other")
     other = save_model(tmp_path / "other", "llama", seed=9, **WIDE, vocab_size=vocabulary)
-    old, new = (load_file(folder / "model.safetensors") for folder in (model.folder, other))
-    r = request(1, 64, temperature=0)
-    before = tokens(generate(engine, [r])["r1"])
+    under = Reference(other, {"every-layer": model.adapters["every-layer"]})
+    load(engine, model, "every-layer")
+    requests = [request(1, 64, temperature=0), request(2, 64, temperature=0, adapter="every-layer")]
+    for folder, reference in ((model.folder, model.reference), (other, under), (model.folder, model.reference)):
+        engine.load_base(weights(folder))
+        got = generate(engine, requests)
+        assert [tokens(got[r.request_id]) for r in requests] == [[reference.greedy(r)] for r in requests]
+
+
+def test_base_weights_that_do_not_fit_or_come_while_requests_run_change_nothing(engine: Engine, model: Model):
+    r, old, name = request(1, temperature=0), weights(model.folder), "model.norm.weight"
+    for wrong, message in (
+        ({k: v for k, v in old.items() if k != name}, f"the weights lack {name}"),
+        (old | {name: np.zeros(3, np.float32)}, rf"{name} has the shape \(3,\)"),
+        (old | {"model.extra": np.zeros(3, np.float32)}, "the weights have model.extra"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.load_base(wrong)
     engine.submit(r)
-    with pytest.raises(InputError, match="while requests run"):
-        engine.load_base(new)
-    engine.abort("r1")
-    engine.load_base(new)
+    with pytest.raises(InputError, match="cannot be replaced while requests run"):
+        engine.load_base({k: v * 2 for k, v in old.items()})
+    assert finish(engine) == {"r1": [model.reference.greedy(r)]}
+
+
+def test_weights_that_are_not_finite_fail_their_requests_with_the_reason(engine: Engine, model: Model):
+    old, name = weights(model.folder), "model.norm.weight"
+    engine.load_base(old | {name: np.full_like(old[name], np.nan)})
     try:
-        assert tokens(generate(engine, [r])["r1"]) == [Reference(other).greedy(r)] != before
-        load(engine, model, "every-layer")
-        adapted = replace(r, adapter="every-layer")
-        under = Reference(other, {"every-layer": model.adapters["every-layer"]})
-        assert tokens(generate(engine, [adapted])["r1"]) == [under.greedy(adapted)]
+        engine.submit(request(1, n=2))
+        with pytest.raises(RequestsFailed, match="the base model gives logits that are not finite") as failed:
+            finish(engine)
     finally:
         engine.load_base(old)
-    assert tokens(generate(engine, [r])["r1"]) == before
+    assert failed.value.request_ids == {"r1"}
+    r = request(1, temperature=0)
+    assert tokens(generate(engine, [r])["r1"]) == [model.reference.greedy(r)]
+
+
+def test_adapters_that_cannot_be_served_are_refused(engine: Engine, model: Model):
+    tensors, config = load_adapter(model.adapters["attention"])
+    name = next(iter(tensors))
+    for changed, settings, message in (
+        (tensors, config | {"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({}, config, "the adapter has no tensors"),
+        (tensors | {name: np.full_like(tensors[name], np.inf)}, config, "numbers that are not finite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            engine.load_adapter("x", changed, settings)
+    assert engine.adapters() == ()
 
 
 @pytest.mark.parametrize(
