@@ -14,6 +14,7 @@ VERBS = (
     "run",
     "check",
     "status",
+    "why",
     "stop",
     "resume",
     "scale",
