@@ -45,7 +45,8 @@ class PagedCache(Cache):
         states: list[Any] = probe.layers
         super().__init__(layers=[PagedLayer(layer.keys, layer.values, blocks) for layer in states])
         self.name = f"raylign-paged-{id(self)}"
-        self._scores = np.empty(-(-places // BLOCK) * BLOCK, np.float32)
+        self.scores = np.empty(-(-places // BLOCK) * BLOCK, np.float32)
+        """Scratch memory of the attention."""
         self._batch: Batch | None = None
         AttentionInterface.register(self.name, self.attend)
 
@@ -58,7 +59,7 @@ class PagedCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the tokens' states `[1, K, T, D]`; `attend` finds them in the cache."""
         assert self._batch is not None
-        self._each()[layer_idx].store(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._batch)
+        self.layer(layer_idx).store(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), self._batch)
         return key_states, value_states
 
     def attend(
@@ -70,10 +71,10 @@ class PagedCache(Cache):
         if s_aux is not None:
             raise NotImplementedError("attention sinks")
         assert self._batch is not None
-        layer, q = self._each()[module.layer_idx], query[0].transpose(0, 1).float().contiguous()
+        layer, q = self.layer(module.layer_idx), query[0].transpose(0, 1).float().contiguous()
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         attend = layer.attend_on_cpu if q.device.type == "cpu" else layer.attend_on_device
-        out = attend(q, self._batch, scale, sliding_window or 0, softcap or 0.0, self._scores)
+        out = attend(q, self._batch, scale, sliding_window or 0, softcap or 0.0, self.scores)
         return out.to(query.dtype)[None], None
 
     def copy(self, source: list[int], to: list[int]) -> None:
@@ -84,6 +85,10 @@ class PagedCache(Cache):
     def close(self) -> None:
         """Take the attention out of transformers' registry."""
         AttentionInterface._global_mapping.pop(self.name, None)
+
+    def layer(self, number: int) -> "PagedLayer":
+        """One layer's blocks."""
+        return self._each()[number]
 
     def _each(self) -> list["PagedLayer"]:
         return self.layers  # pyright: ignore[reportReturnType]

@@ -16,6 +16,7 @@ from ...cluster.errors import InputError
 from .cache import Batch, PagedCache
 from .kernels import BLOCK
 from .linear import EngineLinear, Which
+from .llama import LlamaForward, fits
 from .lora import LoraBank
 from .norms import replace_norms
 
@@ -53,6 +54,7 @@ class Decoder:
         self.blocks_per_row = -(-self.max_length // BLOCK)
         self.blocks = rows * self.blocks_per_row
         self._layers: dict[str, EngineLinear] = {}
+        self._fast: LlamaForward | None = None
         self._cache = self._proven_cache()
         self.adapters = LoraBank(self._layers)
 
@@ -64,6 +66,8 @@ class Decoder:
         """
         batch = _filled(batch, self.blocks)
         self._which.numbers = batch.adapters if (batch.adapters >= 0).any() else None
+        if self._fast:
+            return self._fast(batch, wanted).float()
         self._cache.begin(batch)
         logits = self.model(
             input_ids=torch.from_numpy(batch.tokens).to(self.device)[None],
@@ -119,6 +123,7 @@ class Decoder:
         self._cache = PagedCache(states, self.blocks + 1, self.max_length)
         self._put_in_layers()
         self.model.set_attn_implementation(self._cache.name)
+        self._fast = LlamaForward(self.model, self._cache) if fits(self.model) else None
         table = np.arange(self.blocks_per_row, dtype=np.int32)[None]
         got: list[torch.Tensor] = []
         middle = size // 2

@@ -91,6 +91,46 @@ def store(keys: Any, values: Any, k: Any, v: Any, rows: Any, positions: Any, tab
 
 
 @njit(**_OPTIONS)
+def rotate_and_store(
+    q: Any, k: Any, v: Any, cos: Any, sin: Any, q_weight: Any, k_weight: Any, eps: Any,
+    keys: Any, values: Any, rows: Any, positions: Any, tables: Any, out: Any, scratch: Any,
+) -> None:  # fmt: skip
+    """Rotary positions (Su et al. 2021) for queries `[T, H, D]`, into `out`, and for keys, into the cache; values too.
+
+    `cos` and `sin` are `[T, D]`. Weights `[D]` first norm every head, as Qwen3 does; empty ones do not.
+    """
+    size = q.shape[2]
+    for t in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            _rotate(q[t, h], cos[t], sin[t], q_weight, eps, out[t, h])
+        block, place = tables[rows[t], positions[t] // BLOCK], positions[t] % BLOCK
+        for h in range(k.shape[1]):
+            _rotate(k[t, h], cos[t], sin[t], k_weight, eps, scratch)
+            for d in range(size):
+                keys[block, h, d, place] = _narrow(scratch[d], keys[block, h, d, place])
+            for d in range(v.shape[2]):
+                values[block, h, place, d] = v[t, h, d]
+
+
+@njit(inline="always", **_FLAGS)
+def _rotate(x: Any, cos: Any, sin: Any, weight: Any, eps: Any, out: Any) -> None:
+    half = x.shape[0] // 2
+    factor = _ONE
+    if weight.shape[0]:
+        squares = _ZERO
+        for d in range(2 * half):
+            number = _widen(x[d])
+            squares += number * number
+        factor = _ONE / np.sqrt(squares / np.float32(2 * half) + eps)
+    for d in range(half):
+        low, high = _widen(x[d]) * factor, _widen(x[d + half]) * factor
+        if weight.shape[0]:
+            low, high = low * _widen(weight[d]), high * _widen(weight[d + half])
+        out[d] = low * cos[d] - high * sin[d]
+        out[d + half] = high * cos[d + half] + low * sin[d + half]
+
+
+@njit(**_OPTIONS)
 def attend(
     q: Any, keys: Any, values: Any, rows: Any, positions: Any, tables: Any,
     scale: Any, window: int, cap: Any, out: Any, scores: Any,
@@ -193,6 +233,20 @@ def rms_norm(x: Any, weight: Any, offset: Any, eps: Any, out: Any) -> None:
         factor = _ONE / np.sqrt(squares / np.float32(x.shape[1]) + eps)
         for d in range(x.shape[1]):
             out[r, d] = _narrow(_widen(x[r, d]) * factor * (offset + _widen(weight[d])), out[r, d])
+
+
+@njit(**_OPTIONS)
+def add_and_norm(x: Any, update: Any, weight: Any, eps: Any, out: Any) -> None:
+    """`x += update`, and the RMS norm of the sum into `out`, rows `[R, D]`."""
+    for r in range(x.shape[0]):
+        squares = _ZERO
+        for d in range(x.shape[1]):
+            x[r, d] = _narrow(_widen(x[r, d]) + _widen(update[r, d]), x[r, d])
+            number = _widen(x[r, d])
+            squares += number * number
+        factor = _ONE / np.sqrt(squares / np.float32(x.shape[1]) + eps)
+        for d in range(x.shape[1]):
+            out[r, d] = _narrow(_widen(x[r, d]) * factor * _widen(weight[d]), out[r, d])
 
 
 @njit(**_OPTIONS)

@@ -15,14 +15,14 @@ class EngineNorm(nn.Module):
     def __init__(self, weight: nn.Parameter, offset: float, eps: float) -> None:
         super().__init__()
         self.weight = weight
-        self._offset, self._eps = np.float32(offset), np.float32(eps)
+        self.offset, self.eps = np.float32(offset), np.float32(eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., D]` to the same shape."""
         x = x.contiguous()
         out = torch.empty_like(x)
         rows, result = (kernels.as_array(t.view(-1, x.shape[-1])) for t in (x, out))
-        kernels.rms_norm(rows, kernels.as_array(self.weight.detach()), self._offset, self._eps, result)
+        kernels.rms_norm(rows, kernels.as_array(self.weight.detach()), self.offset, self.eps, result)
         return out
 
 
