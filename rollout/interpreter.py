@@ -27,7 +27,7 @@ def check_interpreter(rollout: RolloutConfig, where: str) -> None:
     `where` is the stage's place in the recipe. Nothing is imported, here or there: vLLM alone would take 10 s.
     """
     ours = _facts(sys.executable, where)
-    theirs = _facts(rollout.python, f"{where}.python") if rollout.python else ours
+    theirs = _facts(rollout.python, where) if rollout.python else ours
     name = rollout.python or "this environment"
     for package in ("python", "ray"):
         if theirs[package] != ours[package]:
@@ -47,12 +47,12 @@ def check_interpreter(rollout: RolloutConfig, where: str) -> None:
 def _facts(python: str, where: str) -> dict[str, str | None]:
     """Versions of what matters in an environment; none for what it lacks."""
     if not Path(python).is_file():
-        raise InputError(f"{where}: no Python at {python}")
+        raise InputError(f"{where}.python: no Python at {python}")
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=PROBE_SECONDS)
         return json.loads(done.stdout)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-        raise InputError(f"{where}: {python} does not run as a Python: {last}") from None
+        raise InputError(f"{where}.python: {python} does not run as a Python: {last}") from None
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{where}: {python} does not run as a Python: {error}") from None
+        raise InputError(f"{where}.python: {python} does not run as a Python: {error}") from None
