@@ -43,7 +43,7 @@ def test_actors_of_two_environments_train_together(
     assert summary["exact"] is False
     assert summary["weights"]["version"] == 2
     steps = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2]
+    assert [step["step"] for step in steps] == [0, 1]
     for step in steps:  # vLLM's log-probs are the policy's, before and after the first update reached it
         assert step["mismatch/max"] < 1e-3
         assert step["tokens"] > 0
