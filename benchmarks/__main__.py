@@ -7,12 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import group_prefill, mixed_adapters, results, rollout
+from . import controller, faults, group_prefill, mixed_adapters, results, rollout
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
 
-BENCHMARKS = {"rollout": rollout, "group_prefill": group_prefill, "mixed_adapters": mixed_adapters}
+BENCHMARKS = {
+    "rollout": rollout,
+    "group_prefill": group_prefill,
+    "mixed_adapters": mixed_adapters,
+    "controller": controller,
+    "faults": faults,
+}
 _QUICK_PAIRS = 2
 
 

@@ -32,6 +32,13 @@ class Arena:
             self._made[name] = make(*key, **settings)
         return self._made[name]
 
+    def entered(self, make: Any, *key: Any, **settings: Any) -> Any:
+        """What the context manager `make(*key, **settings)` gives, entered once; it is left with the arena."""
+        name = (make, *key, *settings.items())
+        if name not in self._made:
+            self._made[name] = self._exits.enter_context(make(*key, **settings))
+        return self._made[name]
+
     def folder(self, size: str, dtype: Dtype) -> Path:
         """The saved model."""
         return self.get(save_model, size, dtype, self.root / f"{size}-{dtype}")
