@@ -15,6 +15,7 @@ from typing import Any
 from ..cluster.errors import InputError
 from ..cluster.placement import Demand, Offer, plan
 from ..cluster.rundir import RunDir, read_json, write_atomically
+from ..cluster.weights import base_digest
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs
 from .interrupt import StopRequested, stop_if_asked
@@ -46,6 +47,8 @@ class Finished:
     restarts: int = 0
     version: int = 0
     workers: tuple[int, int] = (1, 1)
+    digest: str = ""
+    """Of the adapter it left, or of the whole model where it trained all weights; what a served answer names."""
 
 
 def check_placement(config: RunConfig, nodes: Sequence[Offer]) -> None:
@@ -123,7 +126,7 @@ def conclude(
 ) -> dict[str, Any]:
     """Write `summary.json`, the last status and the report; a report that fails is an event, and changes nothing."""
     done, state = finished(run), run.status()
-    last = next((d for d in reversed(done) if d.adapter), None)
+    last = done[-1] if done else None
     summary = {
         "run": run.name,
         "status": status,
@@ -131,7 +134,7 @@ def conclude(
         "seed": config.seed,
         "stages": [{k: asdict(d)[k] for k in ("name", "type", "steps", "seconds", "metrics")} for d in done],
         "evaluation": evaluation or {},
-        "weights": {"version": last.version, "digest": Path(last.adapter or "").name} if last else None,
+        "weights": {"version": last.version, "digest": last.digest} if last else None,
         "served": served,
         "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, GrpoStage)),
         "wall_seconds": state.get("wall_seconds", 0.0),
@@ -255,4 +258,5 @@ def _note(name: str, kind: str, outcome: StageOutcome) -> Finished:
         restarts=outcome.restarts,
         version=outcome.version,
         workers=outcome.workers,
+        digest=adapter.name if adapter else base_digest(outcome.model.base),
     )

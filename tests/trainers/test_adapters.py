@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.cluster.weights import adapter_digest, base_digest, save_adapter
-from raylign.trainers.adapters import check_adapter, export_weights, merge_adapter, open_base, open_model
+from raylign.trainers.adapters import Exporter, check_adapter, export_weights, merge_adapter, open_base, open_model
 from raylign.trainers.stages import LoraConfig
 
 LORA = LoraConfig(r=4)
@@ -46,6 +46,34 @@ def test_a_new_adapter_is_seeded_and_changes_nothing_yet(tiny_model: Path) -> No
     assert not all(np.array_equal(one[name], other[name]) for name in one)
     fresh = open_model(tiny_model, None, LORA, seed=1)
     assert np.array_equal(logits(fresh), logits(open_base(tiny_model)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_exporter_follows_the_weights_without_copies(tiny_model: Path, dtype: str) -> None:
+    import torch
+    from peft import get_peft_model_state_dict
+
+    model = open_model(tiny_model, None, LORA, seed=1, dtype=dtype)
+    exporter = Exporter(model)
+    exported = exporter.tensors()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    wanted = {name: tensor.numpy() for name, tensor in get_peft_model_state_dict(model).items()}
+    assert list(exported) == list(wanted)
+    for name, array in exporter.tensors().items():
+        assert array.dtype == np.float32  # of the adapter, whatever the base's is
+        assert np.array_equal(array, wanted[name])
+        assert np.shares_memory(array, exported[name])
+
+
+def test_a_whole_model_is_exported_with_each_parameter_once(tiny_model: Path) -> None:
+    model = open_base(tiny_model)
+    tensors, config = export_weights(model)
+    assert config == {}
+    assert set(model.state_dict()) - set(tensors) == {"lm_head.weight"}  # tied to the embedding
+    assert sum(array.size for array in tensors.values()) == sum(p.numel() for p in model.parameters())
+    assert not any(np.shares_memory(tensors[n], p.detach().numpy()) for n, p in model.named_parameters())
 
 
 def test_a_saved_adapter_gives_the_same_logits_and_digest(tiny_model: Path, tmp_path: Path) -> None:
