@@ -74,10 +74,11 @@ class Fleet:
         """Whether a worker is not to be counted on now."""
         return member.silent(now, self._patience)
 
-    def load(self, version: int, now: float) -> dict[str, int]:
-        """Workers that can generate from a version now, with how many groups each has."""
-        proved = (m for m in self.ready() if m.version == version and m.asked is None)
-        return {m.name: len(m.runs) for m in proved if not self.silent(m, now)}
+    def room(self, version: int, now: float) -> dict[str, int]:
+        """Workers that can take a group from a version now, with how many they have."""
+        free = [m for m in self.members.values() if len(m.runs) < self.capacity]  # few of many, so asked first
+        able = (m for m in free if m.stage is Stage.WORKING and not m.draining and not self.silent(m, now))
+        return {m.name: len(m.runs) for m in able if m.version == version and m.asked is None}
 
     def held_up(self) -> bool:
         """Whether those still missing may take long: they find no place, or could not start."""

@@ -40,8 +40,6 @@ class Ledger:
 
     def pending(self) -> list[int]:
         """Groups that wait for a worker, in order."""
-        if not self._counts[GroupState.PENDING]:
-            return []
         return [i for i, state in self._state.items() if state is GroupState.PENDING]
 
     def runners(self, index: int) -> tuple[str, ...]:
@@ -67,18 +65,17 @@ class Ledger:
             raise RunFailed(f"{self._place(index)} is {self._state[index]} and cannot be given to {worker} as well")
         self._runners[index].append(worker)
 
-    def failed(self, index: int, worker: str) -> None:
-        """A copy raised an error; without another copy the group is pending again."""
+    def failed(self, index: int, worker: str) -> bool:
+        """A copy raised an error; without another copy the group is pending again. Returns whether it is."""
         self.failures[index] += 1
-        self._leave(index, worker)
+        return self._leave(index, worker)
 
     def lost(self, worker: str) -> list[int]:
         """A worker is gone: what it alone was running is pending again. Returns those."""
         mine = [index for index, workers in self._runners.items() if worker in workers]
         for index in mine:
             self.losses[index] += 1
-            self._leave(index, worker)
-        return [index for index in mine if self._state[index] is GroupState.PENDING]
+        return [index for index in mine if self._leave(index, worker)]
 
     def generated(self, group: Group) -> bool:
         """A group came back. False when it had already come back from elsewhere and this copy is to be ignored.
@@ -111,11 +108,13 @@ class Ledger:
         """The groups in their order in the step, never in order of arrival."""
         return [self._groups[i] for i in sorted(self._groups)]
 
-    def _leave(self, index: int, worker: str) -> None:
+    def _leave(self, index: int, worker: str) -> bool:
         self._runners[index].remove(worker)
-        if not self._runners[index]:
-            del self._runners[index]
-            self._move(index, GroupState.RUNNING, GroupState.PENDING)
+        if self._runners[index]:
+            return False
+        del self._runners[index]
+        self._move(index, GroupState.RUNNING, GroupState.PENDING)
+        return True
 
     def _move(self, index: int, before: GroupState, after: GroupState) -> None:
         if self._state[index] is not before:

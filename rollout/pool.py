@@ -4,6 +4,7 @@ It decides who gets which group; what a group yields depends on its seed key alo
 number of workers, any of their deaths, and whoever is first with a group that two of them run.
 """
 
+import heapq
 import itertools
 import time
 from collections import deque
@@ -36,8 +37,19 @@ class Work:
     tasks: dict[int, Group]
     rank: dict[int, int]
     """Group → its place in the order of dispatch."""
+    pending: list[tuple[int, int]]
+    """A heap of (rank, group): what is to be given out."""
     seconds: list[float] = field(default_factory=list)
     """How long the groups that are done took."""
+
+    def again(self, indices: Sequence[int]) -> None:
+        """Groups are to be given out again."""
+        for index in indices:
+            heapq.heappush(self.pending, (self.rank[index], index))
+
+    def first(self, count: int) -> list[int]:
+        """Take the first groups in the order of dispatch, at most so many."""
+        return [heapq.heappop(self.pending)[1] for _ in range(min(count, len(self.pending)))]
 
 
 class RolloutPool:
@@ -116,8 +128,8 @@ class RolloutPool:
         """
         self._require(ledger)
         tasks = {g.index: replace(g, version=ledger.version, digest=ledger.digest) for g in groups}
-        order = longest_first(groups, self._yielded)
-        self._work = Work(ledger, tasks, rank={index: place for place, index in enumerate(order)})
+        order = list(enumerate(longest_first(groups, self._yielded)))
+        self._work = Work(ledger, tasks, rank={index: place for place, index in order}, pending=order)
         try:
             while not ledger.complete(GroupState.GENERATED) or self._done:
                 self._dispatch()
@@ -158,18 +170,18 @@ class RolloutPool:
     def _dispatch(self) -> None:
         """Give each pending group, the longest expected first, to the worker with the fewest, as far as slots go."""
         work = self._work
-        if not work or not (pending := work.ledger.pending()):
+        if not work or not work.pending:
             return
-        pending.sort(key=work.rank.__getitem__)
-        load = self._fleet.load(work.ledger.version, time.monotonic())
-        for index, name in assign(pending, load, self._fleet.capacity):
+        room, capacity = self._fleet.room(work.ledger.version, time.monotonic()), self._fleet.capacity
+        free = sum(capacity - count for count in room.values())
+        for index, name in assign(work.first(free), room, capacity):
             work.ledger.dispatch(index, name)
             self._give(work, index, name)
 
     def _duplicate(self, now: float) -> None:
         """With nothing left to give out, have groups that take long run on another worker too."""
         work = self._work
-        if not work or work.ledger.pending():
+        if not work or work.pending:
             return
         running = [
             Running(run.index, now - run.since, answers=not self._fleet.silent(member, now))
@@ -178,8 +190,8 @@ class RolloutPool:
         ]
         slow = overdue(running, work.seconds)
         barred = {index: work.ledger.runners(index) for index in slow}
-        load = self._fleet.load(work.ledger.version, now)
-        for index, name in assign(slow, load, self._fleet.capacity, barred):
+        room = self._fleet.room(work.ledger.version, now)
+        for index, name in assign(slow, room, self._fleet.capacity, barred):
             self._note("group_duplicated", step=work.ledger.step, group=index, slow=barred[index], worker=name)
             work.ledger.duplicate(index, name)
             self._give(work, index, name)
@@ -209,9 +221,9 @@ class RolloutPool:
         except InputError as error:  # it would be the same everywhere
             self._fatal = error
         except RaylignError as error:
-            work.ledger.failed(run.index, member.name)
+            again = [run.index] if work.ledger.failed(run.index, member.name) else []
             self._fleet.drop(member, error)
-            self._give_up(work, [run.index], error)
+            self._give_again(work, again, error)
         else:
             work.seconds.append(time.monotonic() - run.since)
             self._yielded[prompt_key(group)] = max((len(s.tokens) for s in group.samples), default=0)
@@ -233,10 +245,11 @@ class RolloutPool:
         if self._work is None:
             return []
         again = self._work.ledger.lost(member.name)
-        self._give_up(self._work, again, error)
+        self._give_again(self._work, again, error)
         return again
 
-    def _give_up(self, work: Work, indices: Sequence[int], error: RaylignError) -> None:
+    def _give_again(self, work: Work, indices: Sequence[int], error: RaylignError) -> None:
+        work.again(indices)
         for index in indices:
             if why := give_up(work.ledger, index, str(error)):
                 self._fatal = RunFailed(why)
