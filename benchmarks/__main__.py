@@ -3,11 +3,12 @@
 import argparse
 import fnmatch
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, faults, group_prefill, mixed_adapters, results, rollout
+from . import controller, faults, group_prefill, mixed_adapters, results, rollout, sync
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -16,6 +17,7 @@ BENCHMARKS = {
     "rollout": rollout,
     "group_prefill": group_prefill,
     "mixed_adapters": mixed_adapters,
+    "sync": sync,
     "controller": controller,
     "faults": faults,
 }
@@ -36,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for cases in chosen.values() for case in cases))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that models and servers are cleared away
     folder = options.results or (None if options.quick else results.RESULTS)
     try:
         found = _run(chosen, options.pairs or (_QUICK_PAIRS if options.quick else 10), folder)

@@ -1,0 +1,229 @@
+"""New weights from the policy to the last worker: an adapter against all weights, and all weights against plain Ray.
+
+A round is what a training step does: the policy exports, digests and puts the weights, every worker receives them,
+proves their digest, has its engine load them and answers. `limit` is the time that one copy of the bytes takes at this
+machine's memory bandwidth plus one call of a Ray actor, both measured before every pair. Plain Ray is a state dict of
+torch tensors put and got as it is, loaded without any proof. These cases use all cores: policy and workers are
+processes of their own.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from raylign.cluster.weights import WeightVersion
+from raylign.rollout.config import RolloutConfig
+from raylign.rollout.worker import RolloutActor, WorkerSpec
+from raylign.trainers.online.policy import PolicyActor, PolicySpec
+from raylign.trainers.stages import GrpoStage
+
+from .arena import Arena
+from .measured import Case, Contest, Measured
+
+_ROUNDS = 5
+"""In a repetition, so that ten pairs are fifty rounds a side."""
+_WORKERS = (1, 2, 4)
+_COPY_BYTES = 256 << 20
+_SECONDS = 300
+
+Round = Callable[[], tuple[float, float]]
+"""Brings new weights to all workers; seconds until the policy had published, and until the last worker had them."""
+
+
+class Policy(PolicyActor):
+    """A policy whose weights change without training."""
+
+    def nudge(self) -> int:
+        """Change every weight a little; how many bytes the next version has."""
+        tensors, _ = self._policy.export()
+        for array in tensors.values():
+            array += np.float32(1e-4)  # a view of the weights
+        return sum(array.nbytes for array in tensors.values())
+
+    def put_plain(self) -> list[Any]:
+        """A state dict as it is; in a list, since Ray would wait for a bare reference."""
+        import ray
+
+        return [ray.put(self._policy._model.state_dict())]
+
+
+class Worker(RolloutActor):
+    """A rollout worker that can also load what nobody proved."""
+
+    def nothing(self) -> None:
+        """One call."""
+
+    def get_plain(self, held: list[Any]) -> None:
+        """Load a state dict as its base."""
+        import ray
+
+        tensors = {name: tensor.numpy() for name, tensor in ray.get(held[0]).items() if name != "lm_head.weight"}
+        self._worker._load(None, tensors, {})
+
+
+class Fleet:
+    """Policies of both kinds and the most workers any case needs, on a Ray of their own."""
+
+    def __init__(self, base: Path, most: int) -> None:
+        import ray
+
+        self._version = 0
+        self.policies = {kind: ray.remote(Policy).options(num_cpus=0).remote(_policy(base, kind)) for kind in _ADAPTER}
+        config = RolloutConfig(group_size=8, slots=8)
+        spec = WorkerSpec(base=base, dtype="float32", config=config, seed=0, max_length=64, stop_token_ids=())
+        names = [f"worker-{i}" for i in range(most)]
+        role = ray.remote(Worker).options(num_cpus=0, max_concurrency=4)
+        self.workers = [role.remote(name, spec) for name in names]
+        ray.get([worker.build.remote() for worker in self.workers], timeout=_SECONDS)
+        self.bytes: dict[str, int] = {
+            kind: ray.get(policy.nudge.remote(), timeout=_SECONDS) for kind, policy in self.policies.items()
+        }
+
+    def publish(self, kind: str, workers: int) -> tuple[float, float]:
+        """One round of ours."""
+        import ray
+
+        policy, self._version = self.policies[kind], self._version + 1
+        ray.get(policy.nudge.remote())
+        began = time.perf_counter()
+        weights: WeightVersion = ray.get(policy.publish.remote(self._version, ()), timeout=_SECONDS)
+        published = time.perf_counter() - began
+        proved = ray.get([w.set_weights.remote(weights) for w in self.workers[:workers]], timeout=_SECONDS)
+        took = time.perf_counter() - began
+        assert set(proved) == {weights.digest}
+        return published, took
+
+    def plain(self, workers: int) -> tuple[float, float]:
+        """One round of a state dict through Ray."""
+        import ray
+
+        policy = self.policies["full"]
+        ray.get(policy.nudge.remote())
+        began = time.perf_counter()
+        held = ray.get(policy.put_plain.remote(), timeout=_SECONDS)
+        published = time.perf_counter() - began
+        ray.get([w.get_plain.remote(held) for w in self.workers[:workers]], timeout=_SECONDS)
+        return published, time.perf_counter() - began
+
+    def call_seconds(self) -> float:
+        """The median of a few calls that do nothing."""
+        import ray
+
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            ray.get(self.workers[0].nothing.remote())
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
+
+
+_ADAPTER: dict[str, dict[str, Any] | None] = {"adapter": {"r": 16}, "full": None}
+
+
+def _policy(base: Path, kind: str) -> PolicySpec:
+    rewards = [{"type": "format", "pattern": "x"}]
+    stage = GrpoStage.model_validate({"adapter": _ADAPTER[kind], "data": {"path": "none"}, "rewards": rewards})
+    return PolicySpec(base=base, base_digest="base", adapter=None, stage=stage, seed=0, dtype="float32")
+
+
+@contextmanager
+def fleet(base: Path, most: int) -> Iterator[Fleet]:
+    """A local Ray on all cores, and the fleet on it."""
+    import ray
+    from raylign.cluster.session import loopback_host
+
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    here = {"_node_ip_address": host} if (host := loopback_host()) else {}
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, **here)
+    try:
+        yield Fleet(base, most)
+    finally:
+        ray.shutdown()
+        os.sched_setaffinity(0, bound)
+
+
+def cases() -> list[Case]:
+    """Named like `25M-2-workers-adapter-vs-full`."""
+    return [case for size in ("25M", "120M") for n in _WORKERS for case in _cases(size, n, max(_WORKERS))]
+
+
+def quick_cases() -> list[Case]:
+    """The smallest model and one worker."""
+    return _cases("1M", 1, 1)
+
+
+def _cases(size: str, workers: int, most: int) -> list[Case]:
+    pairs = {"adapter": ("full", "all weights"), "full": ("plain", "a state dict through Ray")}
+    return [
+        Case(
+            name=f"{size}-{workers}-worker{'s' * (workers > 1)}-{ours}-vs-{theirs}",
+            peer=peer,
+            unit="publications/s",
+            group=f"{size}-sync",
+            make=partial(_contest, size, workers, most, ours, theirs),
+        )
+        for ours, (theirs, peer) in pairs.items()
+    ]
+
+
+def _contest(size: str, workers: int, most: int, ours: str, theirs: str, arena: Arena) -> Contest:
+    here: Fleet = arena.entered(fleet, arena.folder(size, "fp32"), most)
+    rounds: dict[str, Round] = {kind: partial(here.publish, kind, workers) for kind in _ADAPTER}
+    rounds["plain"] = partial(here.plain, workers)
+    count = here.bytes[ours]
+    settings: dict[str, Any] = {
+        "workers": workers,
+        "rounds_a_repetition": _ROUNDS,
+        "megabytes": {kind: round(here.bytes.get(kind, here.bytes["full"]) / 1e6, 1) for kind in (ours, theirs)},
+        "milliseconds": {},
+    }
+    notes: dict[str, list[Any]] = {ours: [], theirs: [], "limit": []}
+
+    def repeat(kind: str, number: int) -> Measured:
+        taken = [rounds[kind]() for _ in range(_ROUNDS)]
+        notes[kind] += taken
+        settings["milliseconds"][kind] = _spread(notes[kind])
+        seconds = sum(took for _, took in taken)
+        return Measured(amount=_ROUNDS, seconds=seconds, cpu_seconds=seconds)
+
+    def limit() -> float:
+        copy, call = count / copy_rate(), here.call_seconds()
+        notes["limit"].append((copy, call))
+        parts = [round(statistics.median(part) * 1e3, 3) for part in zip(*notes["limit"], strict=True)]
+        settings["milliseconds"]["limit"] = dict(zip(("copy", "call"), parts, strict=True))
+        return 1 / (copy + call)
+
+    def warm_up() -> None:
+        for kind in (ours, theirs):
+            rounds[kind]()
+            rounds[kind]()
+
+    return Contest(
+        ours=partial(repeat, ours), theirs=partial(repeat, theirs), warm_up=warm_up, limit=limit, settings=settings
+    )
+
+
+def _spread(taken: list[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds: half until published, half and 99 of 100 until the last worker had it."""
+    published, took = np.array(taken).T * 1e3
+    quantiles = {"published_p50": (published, 0.5), "p50": (took, 0.5), "p99": (took, 0.99)}
+    return {name: round(float(np.quantile(values, q)), 3) for name, (values, q) in quantiles.items()}
+
+
+def copy_rate() -> float:
+    """Bytes per second of a copy in memory, the best of three."""
+    source = np.ones(_COPY_BYTES, np.uint8)
+    target = np.zeros_like(source)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - began)
+    return _COPY_BYTES / min(seconds)
