@@ -18,6 +18,7 @@ BENCHMARKS = {
     "group_prefill": group_prefill,
     "mixed_adapters": mixed_adapters,
     "sync": sync,
+    "sync": sync,
     "controller": controller,
     "faults": faults,
 }

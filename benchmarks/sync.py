@@ -132,6 +132,16 @@ def _policy(base: Path, kind: str) -> PolicySpec:
     return PolicySpec(base=base, base_digest="base", adapter=None, stage=stage, seed=0, dtype="float32")
 
 
+def _with_tokenizer(folder: Path) -> Path:
+    """A rollout worker reads one, though nothing is decoded here."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
 @contextmanager
 def fleet(base: Path, most: int) -> Iterator[Fleet]:
     """A local Ray on all cores, and the fleet on it."""
@@ -143,7 +153,7 @@ def fleet(base: Path, most: int) -> Iterator[Fleet]:
     here = {"_node_ip_address": host} if (host := loopback_host()) else {}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, **here)
     try:
-        yield Fleet(base, most)
+        yield Fleet(_with_tokenizer(base), most)
     finally:
         ray.shutdown()
         os.sched_setaffinity(0, bound)
