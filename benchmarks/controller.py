@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from raylign.rollout.config import RolloutConfig
+
 from .arena import Arena
 from .measured import Case, Contest, Measured, measure
 from .null_pool import GROUP, NullPool, local_ray, null_pool, tasks
@@ -38,7 +40,9 @@ def _cases(counts: tuple[int, ...], groups: int, at_once: int) -> list[Case]:
             _case(f"{n}-workers-one-each-vs-ActorPool", "ActorPool", partial(_against_actor_pool, n, groups, 1)),
         )
     ]
-    flat = [_case(f"{n}-workers-vs-1-worker", "1 worker", partial(_against_one, n, groups, at_once)) for n in counts[1:]]
+    flat = [
+        _case(f"{n}-workers-vs-1-worker", "1 worker", partial(_against_one, n, groups, at_once)) for n in counts[1:]
+    ]
     return by_size + flat
 
 
@@ -55,7 +59,9 @@ def _pool(arena: Arena, workers: int, at_once: int) -> NullPool:
 
 def _against_actor_pool(workers: int, groups: int, at_once: int, arena: Arena) -> Contest:
     ours = _pool(arena, workers, at_once)
-    return _contest(partial(ours.generate, groups), partial(_through_actor_pool, ours, groups), workers, groups, at_once)
+    return _contest(
+        partial(ours.generate, groups), partial(_through_actor_pool, ours, groups), workers, groups, at_once
+    )
 
 
 def _against_one(workers: int, groups: int, at_once: int, arena: Arena) -> Contest:

@@ -101,6 +101,10 @@ class NullPool:
         )
         self.step = 0
 
+    def give(self, at_once: int) -> None:
+        """Have each worker get so many groups at once, not more than `capacity`: without starting others for it."""
+        self.pool._fleet.capacity = at_once
+
     def generate(self, groups: int, tick: Any = lambda: None) -> None:
         """One step, from the weights published for it to the last group."""
         weights = _weights(self.step)
@@ -135,7 +139,7 @@ def _weights(version: int) -> WeightVersion:
 
 
 @contextmanager
-def null_pool(workers: int, *, capacity: int, seconds: float = 0.0) -> Iterator[NullPool]:
+def null_pool(workers: int, *, capacity: int = 8, seconds: float = 0.0) -> Iterator[NullPool]:
     """A pool whose workers work; ends them."""
     with TemporaryDirectory(prefix="raylign-null-") as folder:
         made = NullPool(Path(folder), f"null-{os.getpid()}-{workers}", workers, capacity=capacity, seconds=seconds)

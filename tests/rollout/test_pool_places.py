@@ -20,6 +20,17 @@ def pending(prefix: str) -> list[str]:
     ]
 
 
+def seen_by_the_autoscaler() -> list[dict[str, float]]:
+    """What placement groups wait for as Ray's autoscaler is told it: its own request to the control store."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.autoscaler.v2.sdk import get_cluster_resource_state
+
+    state = get_cluster_resource_state(GcsClient(ray.get_runtime_context().gcs_address))
+    wishes = [request for gang in state.pending_gang_resource_requests for request in gang.requests]
+    return [dict(wish.resources_bundle) for wish in wishes]
+
+
 def test_a_worker_too_many_stays_a_wish_until_there_is_room(ray_session: str, tmp_path: Path) -> None:
     import ray
 
@@ -36,6 +47,7 @@ def test_a_worker_too_many_stays_a_wish_until_there_is_room(ray_session: str, tm
             assert (wait.actor, wait.node) == ("wish/rollout-1", "")
             assert wait.what.startswith("a place with 1 CPU (")
             (wish,) = pending("wish/")
+            assert seen_by_the_autoscaler() == [{"CPU": 1.0}]
             assert {g.worker for g in made.step(1, 4)} == {"rollout-0"}
             assert pending("wish/") == [wish]
         finally:
