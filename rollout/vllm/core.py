@@ -4,9 +4,12 @@
 
 import asyncio
 import queue
+import subprocess
 import threading
+import time
 import weakref
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
 from vllm.inputs import tokens_input
@@ -14,11 +17,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from ...cluster.errors import RunFailed, WorkerLost
+from . import reaper
 
 T = TypeVar("T")
 
 CALL_SECONDS = 600.0
 """How long vLLM may take to answer a command: loading the weights of a large model is the longest."""
+LOOK_SECONDS = 1.0
+"""How often a wait looks whether vLLM is alive."""
 
 
 class Core:
@@ -34,24 +40,37 @@ class Core:
         thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _stop_loop, self._loop, thread)
+        self.llm: Any = None
+        watch = reaper.start()
         try:
-            self.llm: AsyncLLM = self.ask(_start(args))
+            self.llm = self.ask(_start(args))
         except Exception as error:
             self._end()
+            reaper.dismiss(watch)
             raise RunFailed(f"vLLM does not start on {args.model}: {error} (its own log has the cause)") from error
+        reaper.arm(watch)
         self._end.detach()
-        self._end = weakref.finalize(self, _shut_down, self.llm, self._loop, thread)
+        self._end = weakref.finalize(self, _shut_down, self.llm, self._loop, thread, watch)
 
     def ask(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop and wait for what it returns; raises what it raises."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        give_up = time.monotonic() + CALL_SECONDS
+        while not wait([future], timeout=LOOK_SECONDS).done:
+            if self._is_dead():
+                future.cancel()
+                raise gone()
+            if time.monotonic() > give_up:
+                future.cancel()
+                raise WorkerLost(f"vLLM did not answer within {CALL_SECONDS:.0f} s")
         try:
-            return future.result(CALL_SECONDS)
+            return future.result()
         except EngineDeadError:
             raise gone() from None
-        except TimeoutError:
-            future.cancel()
-            raise WorkerLost(f"vLLM did not answer within {CALL_SECONDS:.0f} s") from None
+
+    def _is_dead(self) -> bool:
+        """vLLM tells only those requests of its end that it had then, and no command."""
+        return self.llm is not None and self.llm.errored
 
     def begin(self, row: str, prompt: list[int], params: Any, adapter: Any) -> None:
         """Start generating; what becomes of the row arrives under its name."""
@@ -62,6 +81,8 @@ class Core:
         try:
             found = [self._arrivals.get(timeout=seconds)]
         except queue.Empty:
+            if self._is_dead():
+                raise gone() from None
             return []
         while not self._arrivals.empty():
             found.append(self._arrivals.get())
@@ -105,8 +126,11 @@ async def _start(args: Any) -> AsyncLLM:
     return AsyncLLM.from_engine_args(args)
 
 
-def _shut_down(llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _shut_down(
+    llm: AsyncLLM, loop: asyncio.AbstractEventLoop, thread: threading.Thread, watch: subprocess.Popen[str]
+) -> None:
     llm.shutdown(timeout=5.0)
+    reaper.dismiss(watch)
     llm.shutdown = _nothing  # its destructor calls it again, when the interpreter's end has taken what it needs
     _stop_loop(loop, thread)
 

@@ -103,7 +103,11 @@ class VllmEngine:
         Raises `RequestsFailed` when weights give logits that are not finite or vLLM cannot go on with a request (the
         others go on), and `WorkerLost` when its processes have ended.
         """
-        arrived = self._core.arrivals(0 if self._kept else STEP_SECONDS)
+        try:
+            arrived = self._core.arrivals(0 if self._kept else STEP_SECONDS)
+        except WorkerLost:
+            self._forget()
+            raise
         broken: dict[str, str] = {}
         for name, output in arrived:
             row = self._rows.get(name)
@@ -119,7 +123,7 @@ class VllmEngine:
     def _take(self, name: str, row: Row, output: Any) -> str | None:
         """Keep what an output says of its row; why the row cannot go on, where it cannot."""
         if isinstance(output, EngineDeadError):
-            self._rows, self._running, self._kept = {}, {}, []
+            self._forget()
             raise gone()
         if isinstance(output, Exception):
             return f"vLLM failed: {type(output.__cause__ or output).__name__}: {output.__cause__ or output}"
@@ -135,6 +139,9 @@ class VllmEngine:
         elif output.finished:
             return f"vLLM ended it: {completion.finish_reason}"
         return None
+
+    def _forget(self) -> None:
+        self._rows, self._running, self._kept = {}, {}, []
 
     def _finish(self, name: str, row: Row, *, ended: bool) -> None:
         """Take a row from the list; vLLM does not know of stop strings and goes on with the row until it is told."""
