@@ -135,5 +135,5 @@ def test_the_table_has_a_line_a_case(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "rollout.json", results.merged({"cases": []}, "rollout", FACTS, entry))
     page = table.write_table(tmp_path / "results")
     assert page == tmp_path / "README.md"
-    assert "| 25M-x | **2.00** | 1.33 … 4.00 | 3 | 60 | 30 | tokens/s | 25% |" in page.read_text()
+    assert "| 25M-x | **2.00** | 1.33 … 4.00 | 4.00 | 3 | 60 | 30 | tokens/s | 25% |" in page.read_text()
     assert "x, 2 cores, 8 GB, no GPU; torch 2" in page.read_text()
