@@ -26,8 +26,8 @@ from raylign.trainers.stages import GrpoStage
 from .arena import Arena
 from .measured import Case, Contest, Measured
 
-_ROUNDS = 5
-"""In a repetition, so that ten pairs are fifty rounds a side."""
+_ROUNDS = {"adapter": 5, "full": 5, "plain": 1}
+"""In a repetition: ten pairs are fifty rounds of what is ours."""
 _WORKERS = (1, 2, 4)
 _COPY_BYTES = 256 << 20
 _SECONDS = 300
@@ -161,54 +161,59 @@ def fleet(base: Path, most: int) -> Iterator[Fleet]:
 
 def cases() -> list[Case]:
     """Named like `25M-2-workers-adapter-vs-full`."""
-    return [case for size in ("25M", "120M") for n in _WORKERS for case in _cases(size, n, max(_WORKERS))]
+    return [
+        case
+        for size in ("25M", "120M")
+        for case in (
+            *(_case(size, n, max(_WORKERS), "adapter") for n in _WORKERS),
+            _case(size, 1, max(_WORKERS), "full"),
+        )
+    ]
 
 
 def quick_cases() -> list[Case]:
     """The smallest model and one worker."""
-    return _cases("1M", 1, 1)
+    return [_case("1M", 1, 1, "adapter"), _case("1M", 1, 1, "full")]
 
 
-def _cases(size: str, workers: int, most: int) -> list[Case]:
-    pairs = {"adapter": ("full", "all weights"), "full": ("plain", "a state dict through Ray")}
-    return [
-        Case(
-            name=f"{size}-{workers}-worker{'s' * (workers > 1)}-{ours}-vs-{theirs}",
-            peer=peer,
-            unit="publications/s",
-            group=f"{size}-sync",
-            make=partial(_contest, size, workers, most, ours, theirs),
-        )
-        for ours, (theirs, peer) in pairs.items()
-    ]
+def _case(size: str, workers: int, most: int, ours: str) -> Case:
+    theirs, peer = {"adapter": ("full", "all weights"), "full": ("plain", "a state dict through Ray")}[ours]
+    return Case(
+        name=f"{size}-{workers}-worker{'s' * (workers > 1)}-{ours}-vs-{theirs}",
+        peer=peer,
+        unit="publications/s",
+        group=f"{size}-sync",
+        make=partial(_contest, size, workers, most, ours, theirs),
+    )
 
 
 def _contest(size: str, workers: int, most: int, ours: str, theirs: str, arena: Arena) -> Contest:
     here: Fleet = arena.entered(fleet, arena.folder(size, "fp32"), most)
     rounds: dict[str, Round] = {kind: partial(here.publish, kind, workers) for kind in _ADAPTER}
     rounds["plain"] = partial(here.plain, workers)
-    count = here.bytes[ours]
+    here.bytes["plain"] = here.bytes["full"]
     settings: dict[str, Any] = {
         "workers": workers,
-        "rounds_a_repetition": _ROUNDS,
-        "megabytes": {kind: round(here.bytes.get(kind, here.bytes["full"]) / 1e6, 1) for kind in (ours, theirs)},
+        "rounds_a_repetition": {kind: _ROUNDS[kind] for kind in (ours, theirs)},
+        "megabytes": {kind: round(here.bytes[kind] / 1e6, 1) for kind in (ours, theirs)},
         "milliseconds": {},
     }
     notes: dict[str, list[Any]] = {ours: [], theirs: [], "limit": []}
 
     def repeat(kind: str, number: int) -> Measured:
-        taken = [rounds[kind]() for _ in range(_ROUNDS)]
+        taken = [rounds[kind]() for _ in range(_ROUNDS[kind])]
         notes[kind] += taken
         settings["milliseconds"][kind] = _spread(notes[kind])
         seconds = sum(took for _, took in taken)
-        return Measured(amount=_ROUNDS, seconds=seconds, cpu_seconds=seconds)
+        return Measured(amount=_ROUNDS[kind], seconds=seconds, cpu_seconds=seconds)
 
     def limit() -> float:
-        copy, call = count / copy_rate(), here.call_seconds()
-        notes["limit"].append((copy, call))
-        parts = [round(statistics.median(part) * 1e3, 3) for part in zip(*notes["limit"], strict=True)]
-        settings["milliseconds"]["limit"] = dict(zip(("copy", "call"), parts, strict=True))
-        return 1 / (copy + call)
+        rate, call = copy_rate(), here.call_seconds()
+        found = {kind: here.bytes[kind] / rate + call for kind in (ours, theirs)} | {"call": call}
+        notes["limit"].append(found)
+        medians = {kind: statistics.median(note[kind] for note in notes["limit"]) * 1e3 for kind in found}
+        settings["milliseconds"]["limit"] = {kind: round(value, 3) for kind, value in medians.items()}
+        return 1 / found[ours]
 
     def warm_up() -> None:
         for kind in (ours, theirs):
