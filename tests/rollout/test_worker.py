@@ -1,6 +1,10 @@
 """A rollout worker without Ray: which weights it takes, and which groups it generates."""
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +50,43 @@ def test_a_worker_generates_from_the_version_it_proved_and_refuses_any_other(
     worker.set_weights(WeightVersion(2, adapter_digest(tensors, config, "base"), Parcel(()), config, "base"), tensors)
     with pytest.raises(RunFailed, match=r"w has weights \(2, .*needs version 1"):
         worker.generate(group, 1)
+
+
+def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_runs(
+    worker: RolloutWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Groups of version 1 wait on an engine that is held between two steps, so that each is running for certain."""
+    tensors, config = make_adapter(tiny_model, tmp_path, seed=1)
+    newer = {name: array + 1 for name, array in tensors.items()}
+    digests = [adapter_digest(t, config, "base") for t in (tensors, newer)]
+    worker.set_weights(WeightVersion(1, digests[0], Parcel(()), config, "base"), tensors)
+    groups = [
+        Group(step=0, index=i, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digests[0])
+        for i in range(3)
+    ]
+    worker.abort(7)
+    assert worker.generate(groups[0], 7) is None
+
+    release = threading.Event()
+    worker._engine.call(lambda _: release.wait(60))
+    with ThreadPoolExecutor(4) as threads:
+        running = [threads.submit(worker.generate, group, call) for call, group in enumerate(groups)]
+        while len(worker._running) < 3:
+            time.sleep(0.001)
+        worker.abort(1)
+        release.set()
+        assert running[1].result(timeout=60) is None
+        assert [running[i].result(timeout=60) is None for i in (0, 2)] == [False, False]
+
+        release.clear()
+        worker._engine.call(lambda _: release.wait(60))
+        late = threads.submit(worker.generate, groups[0], 8)
+        while 8 not in worker._running:
+            time.sleep(0.001)
+        loading = threads.submit(worker.set_weights, WeightVersion(2, digests[1], Parcel(()), config, "base"), newer)
+        while worker._engine._commands.qsize() < 4:  # the request, its abort, its end, the new adapter
+            time.sleep(0.001)
+        release.set()
+        assert loading.result(timeout=60) == digests[1]
+        assert late.result(timeout=60) is None
+    assert worker.generate(replace(groups[0], version=2, digest=digests[1]), 9) is not None
