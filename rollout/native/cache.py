@@ -95,7 +95,7 @@ class PagedCache(Cache):
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's blocks: `keys` `[N, K, D, B]`, so that scores of neighbours lie together, `values` `[N, K, B, D]`."""
+    """One layer's blocks: `keys` and `values` `[N, K, B, D]`."""
 
     is_sliding = False
 
@@ -103,7 +103,7 @@ class PagedLayer(CacheLayerMixin):
         super().__init__()
         _, heads, _, size = keys.shape
         like = {"dtype": keys.dtype, "device": keys.device}
-        self.keys: torch.Tensor = torch.zeros((blocks, heads, size, BLOCK), **like)  # pyright: ignore
+        self.keys: torch.Tensor = torch.zeros((blocks, heads, BLOCK, size), **like)  # pyright: ignore
         self.values: torch.Tensor = torch.zeros((blocks, heads, BLOCK, values.shape[-1]), **like)  # pyright: ignore
         self.is_initialized = True
 
@@ -115,7 +115,7 @@ class PagedLayer(CacheLayerMixin):
             return
         blocks = torch.from_numpy(batch.tables[batch.rows, batch.positions // BLOCK]).long()
         places = torch.from_numpy(batch.positions % BLOCK)
-        self.keys[blocks, :, :, places], self.values[blocks, :, places] = k, v
+        self.keys[blocks, :, places], self.values[blocks, :, places] = k, v
 
     def attend_on_cpu(
         self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, scores: np.ndarray
@@ -137,7 +137,7 @@ class PagedLayer(CacheLayerMixin):
             positions = torch.from_numpy(batch.positions)[some]
             count = int(positions.max()) // BLOCK + 1
             blocks = torch.from_numpy(batch.tables[batch.rows[some.numpy()], :count]).long().to(q.device)
-            keys = self.keys[blocks].float().permute(0, 2, 3, 1, 4).flatten(3)
+            keys = self.keys[blocks].float().permute(0, 2, 4, 1, 3).flatten(3)
             values = self.values[blocks].float().permute(0, 2, 1, 3, 4).flatten(2, 3)
             scores = q[some.to(q.device)].view(len(some), heads, shared, -1) @ keys * scale
             scores = cap * torch.tanh(scores / cap) if cap else scores

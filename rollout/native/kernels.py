@@ -16,7 +16,7 @@ from numba.core import types
 from numba.extending import overload
 
 BLOCK = 32
-"""Tokens of a cache block: two vectors of 16, so that scores are computed without sums across a vector."""
+"""Tokens of a cache block."""
 
 # Reordering sums is what makes loops vectors; NaN and infinity keep their meaning (diverged weights must show).
 _FLAGS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
@@ -81,12 +81,12 @@ def _exp(x: Any) -> Any:
 
 @njit(**_OPTIONS)
 def store(keys: Any, values: Any, k: Any, v: Any, rows: Any, positions: Any, tables: Any) -> None:
-    """Write tokens' states `[T, K, D]` to their places in the cache: `keys` `[N, K, D, B]`, `values` `[N, K, B, D]`."""
+    """Write tokens' states `[T, K, D]` to their places in the cache: `keys` and `values` `[N, K, B, D]`."""
     for t in range(k.shape[0]):
         block, place = tables[rows[t], positions[t] // BLOCK], positions[t] % BLOCK
         for h in range(k.shape[1]):
             for d in range(k.shape[2]):
-                keys[block, h, d, place] = k[t, h, d]
+                keys[block, h, place, d] = k[t, h, d]
                 values[block, h, place, d] = v[t, h, d]
 
 
@@ -107,7 +107,7 @@ def rotate_and_store(
         for h in range(k.shape[1]):
             _rotate(k[t, h], cos[t], sin[t], k_weight, eps, scratch)
             for d in range(size):
-                keys[block, h, d, place] = _narrow(scratch[d], keys[block, h, d, place])
+                keys[block, h, place, d] = _narrow(scratch[d], keys[block, h, place, d])
             for d in range(v.shape[2]):
                 values[block, h, place, d] = v[t, h, d]
 
@@ -161,23 +161,18 @@ def attend(
 @njit(inline="always", **_FLAGS)
 def _score(q: Any, keys: Any, head: Any, table: Any, first: Any, last: Any, scale: Any, cap: Any, scores: Any) -> None:
     """Scaled scores of whole blocks; a place beyond the row's end gets any number, which is not read."""
-    size = q.shape[0]
     for n in range(first, last):
         k = keys[table[n], head]
         s = scores[n * BLOCK : (n + 1) * BLOCK]
-        for b in range(BLOCK):
-            s[b] = _ZERO
-        whole = size - size % 8
-        for d in range(0, whole, 8):
-            q0, q1, q2, q3 = q[d] * scale, q[d + 1] * scale, q[d + 2] * scale, q[d + 3] * scale
-            q4, q5, q6, q7 = q[d + 4] * scale, q[d + 5] * scale, q[d + 6] * scale, q[d + 7] * scale
-            for b in range(BLOCK):
-                low = q0 * _widen(k[d, b]) + q1 * _widen(k[d + 1, b]) + q2 * _widen(k[d + 2, b])
-                high = q4 * _widen(k[d + 4, b]) + q5 * _widen(k[d + 5, b]) + q6 * _widen(k[d + 6, b])
-                s[b] += (low + q3 * _widen(k[d + 3, b])) + (high + q7 * _widen(k[d + 7, b]))
-        for d in range(whole, size):
-            for b in range(BLOCK):
-                s[b] += q[d] * scale * _widen(k[d, b])
+        for b in range(0, BLOCK, 4):  # four sums at once hide the latency of each
+            s0, s1, s2, s3 = _ZERO, _ZERO, _ZERO, _ZERO
+            for d in range(q.shape[0]):
+                number = q[d]
+                s0 += number * _widen(k[b, d])
+                s1 += number * _widen(k[b + 1, d])
+                s2 += number * _widen(k[b + 2, d])
+                s3 += number * _widen(k[b + 3, d])
+            s[b], s[b + 1], s[b + 2], s[b + 3] = s0 * scale, s1 * scale, s2 * scale, s3 * scale
         if cap > 0:
             for b in range(BLOCK):
                 s[b] = cap * np.tanh(s[b] / cap)
@@ -261,11 +256,11 @@ def silu_multiply(gate: Any, up: Any, out: Any) -> None:
 
 @njit(**_OPTIONS)
 def add_lora(x: Any, which: Any, a: Any, b: Any, out: Any, hidden: Any) -> None:
-    """Add each token's own low-rank product: `out[t] += (x[t] @ a[which[t]]) @ b[which[t]]`; -1 adds nothing.
+    """Add each token's own low-rank product: `out[t] += (a[which[t]] @ x[t]) @ b[which[t]]`; -1 adds nothing.
 
-    `x` `[T, I]`, `a` `[n, I, r]`, `b` `[n, r, O]`, `out` `[T, O]`, scratch memory `hidden` `[r]`; r is a multiple of 8.
+    `x` `[T, I]`, `a` `[n, r, I]`, `b` `[n, r, O]`, `out` `[T, O]`, scratch memory `hidden` `[r]`; r is a multiple of 8.
     """
-    rank, outputs = a.shape[2], out.shape[1]
+    rank, outputs = a.shape[1], out.shape[1]
     for t in range(x.shape[0]):
         index = which[t]
         if index < 0:
@@ -283,18 +278,18 @@ def add_lora(x: Any, which: Any, a: Any, b: Any, out: Any, hidden: Any) -> None:
 
 @njit(inline="always", **_FLAGS)
 def _shrink(x: Any, a: Any, hidden: Any) -> None:
-    """`hidden = x @ a` for one token."""
-    inputs, rank = a.shape
-    for j in range(rank):
-        hidden[j] = _ZERO
-    whole = inputs - inputs % 8
-    for i in range(0, whole, 8):
-        x0, x1, x2, x3 = _widen(x[i]), _widen(x[i + 1]), _widen(x[i + 2]), _widen(x[i + 3])
-        x4, x5, x6, x7 = _widen(x[i + 4]), _widen(x[i + 5]), _widen(x[i + 6]), _widen(x[i + 7])
-        for j in range(rank):
-            low = x0 * a[i, j] + x1 * a[i + 1, j] + x2 * a[i + 2, j] + x3 * a[i + 3, j]
-            high = x4 * a[i + 4, j] + x5 * a[i + 5, j] + x6 * a[i + 6, j] + x7 * a[i + 7, j]
-            hidden[j] += low + high
-    for i in range(whole, inputs):
-        for j in range(rank):
-            hidden[j] += _widen(x[i]) * a[i, j]
+    """`hidden = a @ x` for one token; eight sums at once hide the latency of each."""
+    for j in range(0, a.shape[0], 8):
+        s0, s1, s2, s3, s4, s5, s6, s7 = _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO, _ZERO
+        for i in range(x.shape[0]):
+            number = _widen(x[i])
+            s0 += number * a[j, i]
+            s1 += number * a[j + 1, i]
+            s2 += number * a[j + 2, i]
+            s3 += number * a[j + 3, i]
+            s4 += number * a[j + 4, i]
+            s5 += number * a[j + 5, i]
+            s6 += number * a[j + 6, i]
+            s7 += number * a[j + 7, i]
+        hidden[j], hidden[j + 1], hidden[j + 2], hidden[j + 3] = s0, s1, s2, s3
+        hidden[j + 4], hidden[j + 5], hidden[j + 6], hidden[j + 7] = s4, s5, s6, s7

@@ -41,7 +41,7 @@ class EngineLinear(nn.Module):
         self._which = which
         self._hidden = np.empty(0, np.float32)
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        """`a` `[n, I, r]` and `b` `[n, r, O]` of all adapters, where any targets this layer."""
+        """`a` `[n, r, I]` and `b` `[n, r, O]` of all adapters, where any targets this layer."""
         self._has = np.full(1, -1)
         """By an adapter's number, its place in `factors`; -1, also at the end, where it has none."""
         self.pack()
@@ -70,18 +70,18 @@ class EngineLinear(nn.Module):
         """Take an adapter's factors `a` `[r, I]` and `b` `[O, r]` under a number of the bank's."""
         count, rank = 0, a.shape[0]
         if self.factors is not None:
-            count, _, rank_now = self.factors[0].shape
+            count, rank_now, _ = self.factors[0].shape
             rank = max(rank, rank_now)
         size = max(number + 1, count)
         grown = (
-            torch.zeros((size, self.in_features, rank), device=self.weight.device),
+            torch.zeros((size, rank, self.in_features), device=self.weight.device),
             torch.zeros((size, rank, self.out_features), device=self.weight.device),
         )
         if self.factors is not None:
-            grown[0][:count, :, : self.factors[0].shape[2]] = self.factors[0]
+            grown[0][:count, : self.factors[0].shape[1]] = self.factors[0]
             grown[1][:count, : self.factors[1].shape[1]] = self.factors[1]
         grown[0][number], grown[1][number] = 0, 0
-        grown[0][number, :, : a.shape[0]], grown[1][number, : b.shape[1]] = a.t(), b.t()
+        grown[0][number, : a.shape[0]], grown[1][number, : b.shape[1]] = a, b.t()
         self.factors = grown
         self._cover(number)
         self._has[number] = number
@@ -100,14 +100,14 @@ class EngineLinear(nn.Module):
         assert self.factors is not None
         a, b = self.factors
         if out.device.type == "cpu":
-            if len(self._hidden) < a.shape[2]:
-                self._hidden = np.empty(a.shape[2], np.float32)
+            if len(self._hidden) < a.shape[1]:
+                self._hidden = np.empty(a.shape[1], np.float32)
             x_, out_ = kernels.as_array(x.contiguous()), kernels.as_array(out)
             kernels.add_lora(x_, which, a.numpy(), b.numpy(), out_, self._hidden)
             return
         rows = torch.from_numpy(np.flatnonzero(which >= 0)).to(out.device)
         of = torch.from_numpy(which[which >= 0]).to(out.device)
-        delta = torch.bmm(torch.bmm(x[rows].float()[:, None], a[of]), b[of])[:, 0]
+        delta = torch.bmm(torch.bmm(x[rows].float()[:, None], a[of].mT), b[of])[:, 0]
         out[rows] = (out[rows] + delta).to(out.dtype)
 
 

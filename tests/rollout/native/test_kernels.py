@@ -39,7 +39,7 @@ def test_attention_is_torchs_and_a_tokens_bits_are_its_own(
     got = layer.attend_on_cpu(q, batch, 0.3, window, cap, scores)
     assert torch.allclose(got, layer.attend_on_device(q, batch, 0.3, window, cap, scores), atol=1e-5)
     row = 6
-    flat = layer.keys[batch.tables[row]].permute(1, 0, 3, 2).flatten(1, 2)[:, :100].float()
+    flat = layer.keys[batch.tables[row]].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
     values = layer.values[batch.tables[row]].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
     begin = max(0, 100 - window) if window else 0
     wanted = (q[row].view(heads, shared, size) @ flat.mT * 0.3)[:, :, begin:]
@@ -54,7 +54,7 @@ def test_what_lies_beyond_a_rows_end_is_never_read():
     q = torch.randn(2, 2, 8)
     scores = np.empty(64, np.float32)
     before = layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scores)
-    layer.keys[batch.tables[0, 0], :, :, 5:] = float("nan")
+    layer.keys[batch.tables[0, 0], :, 5:] = float("nan")
     layer.values[batch.tables[0, 0], :, 5:] = float("nan")
     assert torch.equal(layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scores), before)
 
