@@ -64,6 +64,13 @@ class RolloutConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _vllm_draws_so(self) -> "RolloutConfig":
+        temperature = self.sampling.temperature
+        if self.engine == "vllm" and not (temperature == 0 or 0.01 <= temperature <= 2):
+            raise ValueError(f"sampling.temperature {temperature:g}: vLLM draws at 0.01 to 2, or 0: take engine native")
+        return self
+
 
 class RewardBase(Config):
     """What all rewards share."""

@@ -51,10 +51,18 @@ def main(parent: int) -> None:
 
 
 def _below(parent: int) -> set[psutil.Process]:
+    """What descends from a process, but for Python's tracker of shared memory, which ends with it by itself."""
     try:
-        return set(psutil.Process(parent).children(recursive=True))
+        return {p for p in psutil.Process(parent).children(recursive=True) if "resource_tracker" not in _command(p)}
     except psutil.NoSuchProcess:
         return set()
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 if __name__ == "__main__":

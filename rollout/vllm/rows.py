@@ -15,6 +15,10 @@ from ..native.stop_strings import StopStrings
 from ..records import FinishReason, GenerationRequest, TopLogprobs
 
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM itself would take this one for any below it, and say nothing."""
+
+
 class Diverged(ValueError):
     """A row's log-prob is not a finite number."""
 
@@ -62,12 +66,17 @@ class Row:
 def sampling_params(request: GenerationRequest, index: int) -> Any:
     """How vLLM draws one sample. Its seed comes from where the sample stands, and from nothing else.
 
-    Raises `InputError` for settings that vLLM does not take (a temperature above 2).
+    Raises `InputError` for settings that vLLM does not take (a temperature above 2, or too small a one).
     """
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     sampling = request.sampling
+    if 0 < sampling.temperature < LEAST_TEMPERATURE:
+        raise InputError(
+            f"request {request.request_id!r}: vLLM draws at temperatures from {LEAST_TEMPERATURE} on (or 0, greedy), "
+            f"not at {sampling.temperature}"
+        )
     key = stream_key(request.seed._replace(sample=request.seed.sample + index))
     try:
         return SamplingParams(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from raylign.cluster.errors import InputError
-from raylign.rollout.config import RolloutConfig
+from raylign.rollout.config import RolloutConfig, SamplingConfig
 from raylign.rollout.interpreter import check_interpreter
 from raylign.trainers.recipe import load_recipe
 
@@ -68,3 +68,11 @@ def test_the_path_is_relative_to_the_recipe_and_its_link_is_not_followed(
     stage = config.stages[0]
     assert stage.type == "grpo"
     assert stage.rollout.python == str(tmp_path / "env" / "python")
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_a_temperature_that_vllm_does_not_draw_at_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match=f"temperature {temperature:g}: vLLM draws at 0.01 to 2, or 0"):
+        RolloutConfig(engine="vllm", sampling=SamplingConfig(temperature=temperature))
+    RolloutConfig(engine="vllm", sampling=SamplingConfig(temperature=0))
+    RolloutConfig(engine="native", sampling=SamplingConfig(temperature=temperature))

@@ -223,6 +223,7 @@ def test_a_row_ends_at_a_stop_string_or_token(engine: Any, llama: Path):
         ({"prompt": np.full(395, 5, np.int32)}, "needs 395 prompt \\+ 12 new tokens, the engine holds 400"),
         ({"prompt": np.array([5, 999], np.int32)}, "token ids outside of 0"),
         ({"adapter": "none-such"}, "adapter none-such, which is not loaded"),
+        ({"temperature": 0.001}, "vLLM draws at temperatures from 0.01 on"),
         ({"temperature": 3.0}, "vLLM refuses its sampling: temperature must be in \\[0, 2\\]"),
     ],
 )
