@@ -27,6 +27,9 @@ class RolloutConfig(Config):
     """`vllm` is faster on GPUs, and does not repeat a run bit for bit."""
     python: str | None = None
     """The Python that rollout actors run in, of another environment (`../.venv-vllm/bin/python`); ours by default."""
+    exact: bool = True
+    """Prove at every worker's start that tokens do not depend on which rows run together, and compute on one thread.
+    `false` takes as many threads as the worker has CPUs, and a repetition may differ."""
     workers: ElasticWorkers = ElasticWorkers()
     group_size: int = Field(default=8, ge=2)
     """Completions per prompt; an advantage compares them with each other."""
@@ -43,7 +46,7 @@ class RolloutConfig(Config):
     @property
     def is_exact(self) -> bool:
         """Whether the tokens are the same bits for any workers: those of the native engine on CPUs, which prove it."""
-        return self.engine == "native" and not self.resources.gpus
+        return self.exact and self.engine == "native" and not self.resources.gpus
 
     weights: WeightsConfig = WeightsConfig()
 
