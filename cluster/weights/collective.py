@@ -27,8 +27,9 @@ class Collective:
 
     A group cannot grow and does not survive a death. So the object store has every version too: a worker that is not a
     member, or whose group broke, takes it from there, and the next version is sent through a new group of the workers
-    there are then. With `regroup` off a lost group is a `RunFailed` instead. `timeout` bounds each bucket. The group's
-    ports listen on this node's Ray address only, but know no token: keep them on a network of your own.
+    there are then. With `regroup` off a lost group is a `RunFailed` instead. `timeout` bounds each bucket; gloo sees a
+    death at once, NCCL by torch's watchdog after `timeout`. The group's ports know no token: keep them on a network of
+    your own (the rendezvous and gloo listen on this node's Ray address only).
     """
 
     def __init__(self, backend: Backend, *, regroup: bool, timeout: float, meet: float = MEET_SECONDS) -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ def tensors(seed: int) -> Tensors:
 class End:
     """A process at one end of the transport."""
 
-    def __init__(self, regroup: bool = True) -> None:
-        self.transport = Collective("gloo", regroup=regroup, timeout=250, meet=100)
+    def __init__(self, regroup: bool = True, backend: Literal["gloo", "nccl"] = "gloo") -> None:
+        self.transport = Collective(backend, regroup=regroup, timeout=250, meet=100)
 
     def send(self, seed: int, receivers: tuple[str, ...]) -> Parcel:
         """Send the tensors of a seed."""
@@ -103,5 +103,20 @@ def test_a_lost_group_ends_the_run_where_the_recipe_says_so(ray_session: str) ->
     ray.kill(other)
     with pytest.raises(RunFailed, match=r"the gloo group of w0, w1 ended: w1 left it; .*on_loss is fail"):
         ray.get(policy.send.remote(2, ("w0",)))
+    ray.kill(policy)
+    ray.kill(worker)
+
+
+@pytest.mark.gpu
+def test_a_fleet_gets_a_version_over_nccl(ray_session: str) -> None:
+    import ray
+    import torch
+
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"NCCL needs a GPU for each process: this machine has {torch.cuda.device_count()}, not 2")
+    policy, worker = (ray.remote(End).options(num_cpus=0, num_gpus=1).remote(backend="nccl") for _ in range(2))
+    for version in (1, 2):
+        parcel = ray.get(policy.send.remote(version, ("w0",)))
+        assert everyone([worker], without_store(parcel), version)
     ray.kill(policy)
     ray.kill(worker)
