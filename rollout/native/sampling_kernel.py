@@ -95,7 +95,8 @@ def _maximum(scores: np.ndarray) -> np.float32:
 def _weigh(scores: np.ndarray, best: np.float32, scale: np.float32, weights: np.ndarray) -> None:
     """exp((scores − best) · scale), to 2 units in the last place (Cephes' expf), 0 below e^-87; not a number stays so.
 
-    Written out because LLVM does not turn calls of libm's exp into vectors.
+    Written out because LLVM does not turn calls of libm's exp into vectors, and not shared with kernels.py because
+    numba's cache would not notice a change there.
     """
     for i in range(scores.size):
         exponent = (scores[i] - best) * scale
