@@ -14,7 +14,6 @@ from ..native.sampling import stream_key
 from ..native.stop_strings import StopStrings
 from ..records import FinishReason, GenerationRequest, TopLogprobs
 
-
 LEAST_TEMPERATURE = 0.01
 """vLLM itself would take this one for any below it, and say nothing."""
 
