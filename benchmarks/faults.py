@@ -5,10 +5,7 @@ worker is lost from its SIGKILL until its replacement has proved its weights. A 
 nothing but the worker.
 """
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 from .arena import Arena
@@ -44,7 +41,6 @@ def _case(seconds: float, every: float) -> Case:
 
 
 def _contest(seconds: float, every: float, arena: Arena) -> Contest:
-    arena.entered(_all_cores)  # what a replacement's start takes is not the controller's, as on a cluster
     arena.entered(local_ray)
     pool: NullPool = arena.entered(null_pool, _WORKERS, capacity=_CAPACITY, seconds=_SECONDS_A_GROUP)
     settings = {"workers": _WORKERS, "groups_a_step": _GROUPS, "group_size": GROUP, "seconds_a_group": _SECONDS_A_GROUP}
@@ -54,14 +50,6 @@ def _contest(seconds: float, every: float, arena: Arena) -> Contest:
         warm_up=lambda: run(pool, 1.0, None),
         settings=settings | {"seconds": seconds, "kill_every": every},
     )
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    yield
-    os.sched_setaffinity(0, before)
 
 
 def run(pool: NullPool, seconds: float, every: float | None) -> Measured:

@@ -25,16 +25,24 @@ _TOKENS = 64
 
 @contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray of this process alone; null workers reserve next to nothing."""
+    """A Ray of this process alone; null workers reserve next to nothing.
+
+    This process has the last core, the others the rest: what workers take is not the controller's, as on a cluster.
+    """
     import ray
     from raylign.cluster.session import loopback_host
 
+    before, cores = os.sched_getaffinity(0), list(range(os.cpu_count() or 1))
+    os.sched_setaffinity(0, cores[:-1] or cores)
     here = {"_node_ip_address": host} if (host := loopback_host()) else {}
     ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="raylign", log_to_driver=False, **here)
+    for thread in psutil.Process().threads():
+        os.sched_setaffinity(thread.id, cores[-1:])
     try:
         yield
     finally:
         ray.shutdown()
+        os.sched_setaffinity(0, before)
 
 
 def null_role(folder: Path, seconds: float) -> type:
