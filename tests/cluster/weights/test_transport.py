@@ -1,5 +1,7 @@
 """Buckets are cut by size; what comes out of the object store is what went in, and cannot be changed."""
 
+import time
+
 import numpy as np
 import pytest
 from raylign.cluster.weights import ObjectStore
@@ -24,3 +26,22 @@ def test_a_parcel_is_a_snapshot_that_nobody_can_write(ray_session: str) -> None:
     assert np.array_equal(got["a"], np.arange(30 << 20, dtype=np.float32))
     with pytest.raises(ValueError, match="read-only"):
         got["a"][0] = 1
+
+
+def test_a_version_that_nobody_refers_to_takes_no_memory(ray_session: str) -> None:
+    import ray
+    from ray._private.internal_api import node_stats
+
+    def used() -> int:
+        node = ray.nodes()[0]
+        return node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats.object_store_bytes_used
+
+    before, size = used(), 16 << 20
+    for version in range(4):
+        parcel = ObjectStore().send({"a": np.full(size, version, np.uint8)})  # the one before is forgotten
+        assert ObjectStore().receive(parcel, "w", timeout=30)["a"][-1] == version
+    assert used() >= size
+    give_up = time.monotonic() + 60
+    while used() > before + size + (1 << 20):
+        assert time.monotonic() < give_up
+    assert ObjectStore().receive(parcel, "w", timeout=30)["a"][0] == 3
