@@ -187,7 +187,7 @@ class VllmEngine:
     def _add(self, name: str, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> LoRARequest:
         number = next(self._numbers)
         folder = Path(self._scratch.name) / f"adapter-{number}"
-        write_adapter(folder, tensors, config, max_rank=MAX_RANK)
+        write_adapter(folder, tensors, config, max_rank=MAX_RANK[self._device])
         request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(folder))
         try:
             self._core.ask(self._core.llm.add_lora(request))

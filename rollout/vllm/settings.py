@@ -9,8 +9,8 @@ from typing import Any, Literal
 from ...cluster.errors import InputError
 from ..records import MAX_TOP_LOGPROBS
 
-MAX_RANK = 64
-"""The highest rank of an adapter; vLLM pads every adapter to it."""
+MAX_RANK = {"cpu": 32, "cuda": 64}
+"""The highest rank of an adapter. vLLM pads every adapter to it, and on a CPU copies as much for every token."""
 BATCH_ADAPTERS = 4
 """Adapters that rows of one forward may use; rows of further ones wait for a place."""
 CACHED_ADAPTERS = 64
@@ -73,7 +73,7 @@ def engine_args(
     if takes_adapters(model):
         settings |= {
             "enable_lora": True,
-            "max_lora_rank": MAX_RANK,
+            "max_lora_rank": MAX_RANK[device],
             "max_loras": BATCH_ADAPTERS + (device == "cpu"),  # one more for the base model's rows, see engine.py
             "max_cpu_loras": CACHED_ADAPTERS,
         }

@@ -241,9 +241,9 @@ def test_an_adapter_that_vllm_cannot_serve_is_refused(engine: Any, llama: Path, 
 
     _, tensors, config = adapters["a"]
     some = next(iter(tensors))
-    wide = make_adapter(llama, tmp_path / "wide", 3, r=65, targets=["q_proj"])
+    wide = make_adapter(llama, tmp_path / "wide", 3, r=33, targets=["q_proj"])
     refused = [
-        (*wide, "has rank 65, the vLLM engine takes 64 at most"),
+        (*wide, "has rank 33, the vLLM engine takes 32 at most"),
         (tensors | {some: np.full_like(tensors[some], np.nan)}, config, "numbers that are not finite"),
         (tensors, config | {"peft_type": "IA3"}, "peft_type is 'IA3'"),
         (tensors, config | {"use_dora": True}, "DoRA"),
