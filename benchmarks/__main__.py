@@ -18,7 +18,6 @@ BENCHMARKS = {
     "group_prefill": group_prefill,
     "mixed_adapters": mixed_adapters,
     "sync": sync,
-    "sync": sync,
     "controller": controller,
     "faults": faults,
 }
