@@ -74,7 +74,7 @@ class Decoder:
             position_ids=torch.from_numpy(batch.positions).to(self.device)[None],
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(wanted, device=self.device),
+            logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
         ).logits
         return logits[0].float()
 

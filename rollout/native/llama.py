@@ -56,7 +56,7 @@ class LlamaForward:
             normed = _add_and_norm(x, update, layer.post_attention_layernorm)
             update = _mlp(layer.mlp, normed)
         normed = _add_and_norm(x, update, self._model.norm)
-        return self._head(normed[torch.tensor(wanted)])
+        return self._head(normed[torch.tensor(wanted, dtype=torch.long)])
 
     def _attention(
         self, number: int, layer: Any, x: torch.Tensor, cos: np.ndarray, sin: np.ndarray, batch: Batch
