@@ -187,3 +187,13 @@ def test_architectures_it_cannot_run_exactly_are_refused_by_name(
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"no config\.json"):
         NativeEngine(tmp_path, slots=8, max_length=64)
+
+
+def test_a_prompt_in_pieces_with_no_row_running_gives_the_tokens_of_transformers(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Steps with only a first piece of a prompt want no logits at all."""
+    monkeypatch.setattr("raylign.rollout.native.engine.PROMPT_TOKENS", 32)
+    engine = NativeEngine(llama, slots=8, max_length=128)
+    asked = request(0, 100, temperature=0, max_tokens=5)
+    assert tokens(generate(engine, [asked])[asked.request_id]) == [Reference(llama).greedy(asked)]
