@@ -3,6 +3,8 @@
 Shapes: T tokens of a forward, V tokens of the vocabulary.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +57,10 @@ class Decoder:
         self.blocks = rows * self.blocks_per_row
         self._layers: dict[str, EngineLinear] = {}
         self._fast: LlamaForward | None = None
+        self._released: dict[str, EngineLinear] = {}
+        """By the name of their weight, layers that keep it in packed form alone."""
         self._cache = self._proven_cache()
+        self._release_originals()
         self.adapters = LoraBank(self._layers)
 
     @torch.inference_mode()
@@ -98,9 +103,12 @@ class Decoder:
             raise InputError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
         with torch.no_grad():
             for name, array in tensors.items():
-                self._parameters[name].copy_(torch.from_numpy(np.array(array, np.float32)))
-            for layer in self._layers.values():
-                layer.pack()
+                if layer := self._released.get(name):
+                    layer.pack(_tensor(array))
+                else:
+                    self._parameters[name].copy_(_tensor(array))
+            for name, layer in self._layers.items():
+                layer.take_bias() if f"{name}.weight" in self._released else layer.pack()
 
     def _proven_cache(self) -> PagedCache:
         """Build the cache, put the engine's layers in, and prove on a few tokens that nothing but rounding changed."""
@@ -149,6 +157,22 @@ class Decoder:
                 self._layers[name] = layer
         if head is not None and self.model.get_output_embeddings() is head and self.model.dtype != torch.float32:
             raise NotImplementedError("its output layer is not linear, and bfloat16 logits are too coarse")
+
+    def _release_originals(self) -> None:
+        """Packed weights need their originals no more, unless another module has them too (a tied head)."""
+        users = Counter(id(parameter) for parameter in self._parameters.values())
+        for layer_name, layer in self._layers.items():
+            name = f"{layer_name}.weight"
+            if users[id(layer.weight)] == 1 and layer.release():
+                self._parameters[name] = layer.weight
+                self._released[name] = layer
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Weights as a tensor over the same memory, which nobody writes to: it may be the object store's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(array, np.float32))
 
 
 def _filled(batch: Batch, idle_block: int) -> Batch:

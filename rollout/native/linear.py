@@ -37,7 +37,7 @@ class EngineLinear(nn.Module):
         self.in_features, self.out_features = features(layer)
         self.weight, self.bias = source.weight, source.bias
         self._transposed = isinstance(layer, Conv1D)
-        self._dtype = dtype or source.weight.dtype
+        self._dtype, self._device = dtype or source.weight.dtype, source.weight.device
         self._which = which
         self._hidden = np.empty(0, np.float32)
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -46,14 +46,25 @@ class EngineLinear(nn.Module):
         """By an adapter's number, its place in `factors`; -1, also at the end, where it has none."""
         self.pack()
 
-    def pack(self) -> None:
-        """Take over the weights, at the start and after they changed."""
-        weight = self.weight.detach().to(self._dtype)
-        weight = weight.t().contiguous() if self._transposed else weight
+    def pack(self, weight: torch.Tensor | None = None) -> None:
+        """Take over new weights: these, or what the parameters hold now."""
+        new: torch.Tensor = (self.weight.detach() if weight is None else weight).to(self._dtype)
+        new = new.t().contiguous() if self._transposed else new
+        packs = self._device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(new, None) if packs else None
+        self._plain = None if packs else new.to(self._device)
+        self.take_bias()
+
+    def take_bias(self) -> None:
+        """Take over what the bias parameter holds now."""
         self._bias = None if self.bias is None else self.bias.detach().to(self._dtype)
-        packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None) if packs else None
-        self._plain = None if packs else weight
+
+    def release(self) -> bool:
+        """Give the weight parameter's memory back where the packed copy is all that is needed; its shape stays."""
+        if self._packed is None:
+            return False
+        self.weight = nn.Parameter(self.weight.detach().to("meta"), requires_grad=False)
+        return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
@@ -74,8 +85,8 @@ class EngineLinear(nn.Module):
             rank = max(rank, rank_now)
         size = max(number + 1, count)
         grown = (
-            torch.zeros((size, rank, self.in_features), device=self.weight.device),
-            torch.zeros((size, rank, self.out_features), device=self.weight.device),
+            torch.zeros((size, rank, self.in_features), device=self._device),
+            torch.zeros((size, rank, self.out_features), device=self._device),
         )
         if self.factors is not None:
             grown[0][:count, : self.factors[0].shape[1]] = self.factors[0]

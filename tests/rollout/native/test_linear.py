@@ -46,3 +46,18 @@ def test_every_token_gets_its_own_adapter_and_the_others_none():
     again = engine(x)
     which.numbers = np.array([2, 0] * 4)
     assert torch.equal(engine(x), again)
+
+
+def test_a_released_layer_keeps_its_shape_and_takes_new_weights():
+    engine, _ = layer_and_which(nn.Linear(40, 24), torch.float32)
+    x = torch.randn(3, 40)
+    before = engine(x)
+    assert engine.release()
+    assert engine.weight.is_meta
+    assert engine.weight.shape == (24, 40)
+    assert torch.equal(engine(x), before)
+    new = nn.Linear(40, 24, bias=False)
+    engine.pack(new.weight.detach())
+    engine.bias.zero_()
+    engine.take_bias()
+    assert torch.allclose(engine(x), new(x), atol=1e-5)
