@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, faults, group_prefill, mixed_adapters, results, rollout, sync
+from . import controller, exact, faults, group_prefill, mixed_adapters, results, rollout, sync
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "rollout": rollout,
     "group_prefill": group_prefill,
     "mixed_adapters": mixed_adapters,
+    "exact": exact,
     "sync": sync,
     "controller": controller,
     "faults": faults,

@@ -1,14 +1,16 @@
 """The smallest cases, run for real against the real peers."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command
-from benchmarks import group_prefill, mixed_adapters, rollout
+from benchmarks import exact, group_prefill, mixed_adapters, rollout
 from benchmarks.contestants import ContinuousBatching, Generate, Native
 from benchmarks.models import load_model, save_model
 from benchmarks.workloads import Workload
@@ -57,3 +59,11 @@ def test_an_unknown_case_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> N
     assert "'nothing'" in capsys.readouterr().err
     assert command.main(["rollout", "--case", "1M-fp32-p32-equal-*", "--list"]) == 0
     assert len(capsys.readouterr().out.split()) == 3
+
+
+def test_all_cores_and_their_threads_are_given_back() -> None:
+    before = torch.get_num_threads(), os.sched_getaffinity(0)
+    with exact._all_cores():
+        assert torch.get_num_threads() == os.cpu_count()
+        assert len(os.sched_getaffinity(0)) == os.cpu_count()
+    assert (torch.get_num_threads(), os.sched_getaffinity(0)) == before
