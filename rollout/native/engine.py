@@ -7,8 +7,7 @@ the same bits in any company of eight or more. On a CPU this needs one torch thr
 (`torch.set_num_threads(1)`); `self_check.check_exactness` proves it.
 """
 
-from collections import Counter, deque
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,31 +17,13 @@ import torch
 from ...cluster.errors import InputError
 from ..engine import RequestsFailed, TokenEvent, check_request
 from ..records import GenerationRequest
-from .blocks import BlockPool, prefix_keys
 from .cache import Batch
 from .decoder import Decoder
 from .kernels import BLOCK
 from .rows import STATE, Prompt, Row, fresh_state, knobs_of
 from .sampling import draw, uniforms
+from .schedule import Piece, Schedule
 from .stop_strings import StopStrings
-
-PROMPT_TOKENS = 256
-"""Prompt tokens of a step at most: longer prompts come in pieces, so that running rows do not wait for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """The tokens `begin` … `end - 1` of a prompt in a step; its first slot holds its blocks' table meanwhile."""
-
-    prompt: Prompt
-    slot: int
-    begin: int
-    end: int
-
-    @property
-    def last(self) -> bool:
-        """Whether the prompt is complete after it."""
-        return self.end == self.prompt.length
 
 
 class NativeEngine:
@@ -67,17 +48,13 @@ class NativeEngine:
         self._folder = folder
         # A prompt with samples that wait for slots keeps its blocks; there is at most one such, at the queue's head.
         self._decoder = Decoder(folder, rows=slots + 1, max_length=max_length, dtype=dtype, device=device)
-        self._pool = BlockPool(self._decoder.blocks)
-        self._tables = np.zeros((slots, self._decoder.blocks_per_row), np.int32)
+        decoder = self._decoder
+        self._schedule = Schedule(slots, decoder.blocks, decoder.blocks_per_row, decoder.copy_blocks)
         self._state = np.zeros(slots, STATE)
-        self._rows: list[Row | None] = [None] * slots
-        self._reserved: dict[int, Prompt] = {}
-        """Slots that wait for a prompt to be computed, and which."""
-        self._waiting: deque[Prompt] = deque()
         self._unfinished: Counter[str] = Counter()
         self._tokenizer: Any = None
         self.counts = Counter[str]()
-        """Since the start: `forwards`, `prompt_tokens` that were computed, `prompt_tokens_reused` from the cache."""
+        """Since the start: `forwards`, and `prompt_tokens` that were computed."""
 
     @property
     def busy(self) -> bool:
@@ -90,6 +67,11 @@ class NativeEngine:
         return self._decoder.max_length
 
     @property
+    def reused(self) -> int:
+        """Prompt tokens that were found in the cache instead of computed, since the start."""
+        return self._schedule.reused
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return self._decoder.vocabulary
@@ -97,7 +79,7 @@ class NativeEngine:
     @property
     def slots(self) -> int:
         """Rows that decode at once."""
-        return len(self._rows)
+        return len(self._state)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request. Raises `InputError` for one that can never be served."""
@@ -109,7 +91,7 @@ class NativeEngine:
             adapters=self.adapters(),
         )
         self._unfinished[request.request_id] = request.n
-        self._waiting.append(Prompt(request, self._decoder.adapters.number(request.adapter)))
+        self._schedule.waiting.append(Prompt(request, self._decoder.adapters.number(request.adapter)))
 
     def step(self) -> list[TokenEvent]:
         """Advance every running row by one token and admit waiting ones; returns the new tokens, one a row.
@@ -117,10 +99,10 @@ class NativeEngine:
         Raises `RequestsFailed` when weights give logits that are not finite; the requests that met them are forgotten,
         the others repeat the step at the next call.
         """
-        running = [slot for slot, row in enumerate(self._rows) if row is not None]
-        self._reserve()
-        pieces = self._pieces()
-        if not running and not pieces and not self._reserved:
+        running = self._schedule.running()
+        self._schedule.reserve()
+        pieces = self._schedule.pieces()
+        if not running and not self._schedule.reserved:
             return []
         logits = self._forward(running, pieces)
         entering = self._entering(pieces, logits[len(running) :])
@@ -128,15 +110,8 @@ class NativeEngine:
 
     def abort(self, request_id: str) -> None:
         """Forget a request, known or not; its rows leave at once and no event of it follows."""
-        if not self._unfinished.pop(request_id, 0):
-            return
-        for prompt in [p for p in self._waiting if p.request.request_id == request_id]:
-            self._waiting.remove(prompt)
-            self._release(prompt.blocks)
-            self._reserved = {slot: p for slot, p in self._reserved.items() if p is not prompt}
-        for slot, row in enumerate(self._rows):
-            if row is not None and row.request.request_id == request_id:
-                self._leave(slot)
+        if self._unfinished.pop(request_id, 0):
+            self._schedule.remove(request_id)
 
     def load_adapter(self, digest: str, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
         """Make an adapter available; one that is loaded already stays. Raises `InputError` for what is not plain LoRA
@@ -145,8 +120,7 @@ class NativeEngine:
 
     def drop_adapter(self, digest: str) -> None:
         """Forget an adapter. Raises `InputError` while a request uses it, or when it is not loaded."""
-        requests = [prompt.request for prompt in self._waiting] + [row.request for row in self._rows if row is not None]
-        users = {request.request_id for request in requests if request.adapter == digest}
+        users = {request.request_id for request in self._schedule.requests() if request.adapter == digest}
         if users:
             raise InputError(f"adapter {digest[:12]} is in use by {len(users)} requests, {min(users)!r} among them")
         self._decoder.adapters.drop(digest)
@@ -160,70 +134,14 @@ class NativeEngine:
         if self.busy:
             raise InputError("the base weights cannot be replaced while requests run: wait for them or abort them")
         self._decoder.load(tensors)
-        self._pool.forget()
+        self._schedule.forget()
 
-    # ---- who takes part in a step
-
-    def _reserve(self) -> None:
-        """Give free slots to waiting prompts, first come, first served; each gets as many as it has samples."""
-        free = [slot for slot, row in enumerate(self._rows) if row is None and slot not in self._reserved]
-        held = Counter(id(prompt) for prompt in self._reserved.values())
-        for prompt in self._waiting:
-            for _ in range(min(len(free), prompt.remaining - held[id(prompt)])):
-                self._reserved[free.pop(0)] = prompt
-            if not free:
-                return
-
-    def _pieces(self) -> list[_Piece]:
-        """The next tokens of the prompts that have a slot, up to `PROMPT_TOKENS`; their blocks are taken."""
-        pieces: list[_Piece] = []
-        room = PROMPT_TOKENS
-        first: dict[int, tuple[int, Prompt]] = {}
-        for slot, prompt in self._reserved.items():
-            first.setdefault(id(prompt), (slot, prompt))
-        for slot, prompt in first.values():
-            if prompt.logits is None and room:
-                if not prompt.begun:
-                    self._begin(prompt)
-                end = min(prompt.length, prompt.done + room)
-                room -= end - prompt.done
-                self._extend(slot, prompt.blocks, end)
-                pieces.append(_Piece(prompt, slot, prompt.done, end))
-                self._remember(pieces[-1])
-        return pieces
-
-    def _begin(self, prompt: Prompt) -> None:
-        """Take over the blocks of the longest prefix of the prompt that is in the cache."""
-        prompt.begun = True
-        for key in prefix_keys(prompt.request.prompt, prompt.request.adapter):
-            if (block := self._pool.find(key)) is None:
-                break
-            prompt.blocks.append(block)
-        prompt.done = BLOCK * len(prompt.blocks)
-        self.counts["prompt_tokens_reused"] += prompt.done
-
-    def _extend(self, slot: int, blocks: list[int], length: int) -> None:
-        """Take blocks for a row or prompt up to `length` tokens, and have the slot's table name them."""
-        while len(blocks) * BLOCK < length:
-            blocks.append(self._pool.take())
-        self._tables[slot, : len(blocks)] = blocks
-
-    def _remember(self, piece: _Piece) -> None:
-        """Note the prefixes that the piece completes: the forward fills them before anybody reads them."""
-        keys = prefix_keys(piece.prompt.request.prompt, piece.prompt.request.adapter)
-        for i, key in enumerate(keys):
-            if piece.begin < (i + 1) * BLOCK <= piece.end:
-                self._pool.remember(piece.prompt.blocks[i], key)
-
-    # ---- the step
-
-    def _forward(self, running: list[int], pieces: list[_Piece]) -> torch.Tensor:
+    def _forward(self, running: list[int], pieces: list[Piece]) -> torch.Tensor:
         """Logits `[running + complete prompts, V]` after the running rows' newest tokens and the prompts' last."""
         state = self._state[running]
         for i in np.flatnonzero(state["position"] % BLOCK == 0):
-            row = self._rows[running[i]]
-            assert row is not None
-            self._extend(running[i], row.blocks, int(state["position"][i]) + 1)
+            slot = running[i]
+            self._schedule.extend(slot, self._schedule.row(slot).blocks, int(state["position"][i]) + 1)
         if not running and not pieces:
             return torch.empty(0, self.vocabulary)
         batch = self._batch(running, state, pieces)
@@ -232,7 +150,7 @@ class NativeEngine:
         try:
             logits = self._decoder.forward(batch, wanted)
         except BaseException:
-            self._pool.forget()
+            self._schedule.forget()
             raise
         self.counts["forwards"] += 1
         self.counts["prompt_tokens"] += len(batch.tokens) - len(running)
@@ -241,7 +159,7 @@ class NativeEngine:
                 piece.prompt.done = piece.end
         return logits
 
-    def _batch(self, running: list[int], state: np.ndarray, pieces: list[_Piece]) -> Batch:
+    def _batch(self, running: list[int], state: np.ndarray, pieces: list[Piece]) -> Batch:
         tokens, positions, adapters = [state["token"]], [state["position"]], [state["adapter"]]
         rows = [np.array(running, np.int64)]
         for piece in pieces:
@@ -254,22 +172,22 @@ class NativeEngine:
             tokens=np.concatenate(tokens),
             positions=np.concatenate(positions),
             rows=np.concatenate(rows),
-            tables=self._tables,
+            tables=self._schedule.tables,
             adapters=np.concatenate(adapters),
         )
 
-    def _entering(self, pieces: list[_Piece], logits: torch.Tensor) -> list[tuple[int, Prompt]]:
+    def _entering(self, pieces: list[Piece], logits: torch.Tensor) -> list[tuple[int, Prompt]]:
         """The slots whose first token can be drawn, with their prompts; new logits come in the order of the pieces."""
         complete = [piece.prompt for piece in pieces if piece.last]
         for prompt, row in zip(complete, logits, strict=True):
             prompt.logits = row
-        return [(slot, prompt) for slot, prompt in self._reserved.items() if prompt.logits is not None]
+        return [(slot, prompt) for slot, prompt in self._schedule.reserved.items() if prompt.logits is not None]
 
     def _draw(self, running: list[int], entering: list[tuple[int, Prompt]], logits: torch.Tensor) -> list[TokenEvent]:
         """The next token of the running rows and the first of the entering ones; then who is done leaves."""
         begun: Counter[int] = Counter()
         fresh = np.zeros(len(entering), STATE)
-        rows = [row for slot in running if (row := self._rows[slot]) is not None]
+        rows = [self._schedule.row(slot) for slot in running]
         for i, (_, prompt) in enumerate(entering):
             index = prompt.entered + begun[id(prompt)]
             begun[id(prompt)] += 1
@@ -284,11 +202,12 @@ class NativeEngine:
         values = zip(rows, drawn.tokens.tolist(), drawn.logprobs.tolist(), tops, strict=True)
         events = [row.take(token, logprob, top) for row, token, logprob, top in values]
         self._state[running] = state[: len(running)]
-        for (slot, prompt), row, record in zip(entering, rows[len(running) :], state[len(running) :], strict=True):
-            self._enter(slot, prompt, row, record)
+        for (slot, _), row, record in zip(entering, rows[len(running) :], state[len(running) :], strict=True):
+            self._schedule.enter(slot, row)
+            self._state[slot] = record
         for slot, event in zip([*running, *(slot for slot, _ in entering)], events, strict=True):
             if event.finish_reason:
-                self._leave(slot)
+                self._schedule.leave(slot)
                 self._finish_one(event.request_id)
         return events
 
@@ -305,33 +224,6 @@ class NativeEngine:
         sampling = request.sampling
         return Row(request, index, self._strings(request), [], sampling.max_tokens, frozenset(sampling.stop_token_ids))
 
-    def _enter(self, slot: int, prompt: Prompt, row: Row, state: np.void) -> None:
-        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last."""
-        del self._reserved[slot]
-        prompt.done = prompt.length
-        prompt.entered += 1
-        if prompt.remaining:
-            full = prompt.length // BLOCK
-            row.blocks = [self._pool.share(block) for block in prompt.blocks[:full]]
-            if full < len(prompt.blocks):
-                row.blocks.append(self._pool.take())
-                self._decoder.copy_blocks(prompt.blocks[full:], row.blocks[full:])
-        else:
-            row.blocks = prompt.blocks
-            self._waiting.remove(prompt)
-        self._tables[slot, : len(row.blocks)] = row.blocks
-        self._rows[slot], self._state[slot] = row, state
-
-    def _leave(self, slot: int) -> None:
-        row = self._rows[slot]
-        assert row is not None
-        self._release(row.blocks)
-        self._rows[slot] = None
-
-    def _release(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):  # of a prefix, the end is reused first
-            self._pool.release(block)
-
     def _finish_one(self, request_id: str) -> None:
         self._unfinished[request_id] -= 1
         if not self._unfinished[request_id]:
@@ -343,7 +235,7 @@ class NativeEngine:
         weights = {f"adapter {row.request.adapter[:12]}" if row.request.adapter else "the base model" for row in bad}
         for request_id in requests:
             self.abort(request_id)
-        self._pool.forget()
+        self._schedule.forget()
         raise RequestsFailed(
             f"{', '.join(sorted(weights))} gives logits that are not finite numbers: the weights have diverged "
             f"(requests {', '.join(sorted(requests))})",

@@ -66,19 +66,19 @@ def test_a_prefix_that_was_seen_is_read_from_the_cache_and_changes_no_bit(llama:
     engine = NativeEngine(llama, slots=8, max_length=128)
     together = generate(engine, requests)
     assert [bits(together[r.request_id]) for r in requests] == [bits(one) for one in alone]
-    assert engine.counts["prompt_tokens_reused"] == 64  # the two full blocks of 32, in the same step already
+    assert engine.reused == 64  # the two full blocks of 32, in the same step already
     again = generate(engine, [requests[0]])
     assert bits(again["r0"]) == bits(alone[0])
-    assert engine.counts["prompt_tokens_reused"] == 128
+    assert engine.reused == 128
     engine.load_base({name: p.numpy() for name, p in AutoModelForCausalLM.from_pretrained(llama).state_dict().items()})
     assert bits(generate(engine, [requests[0]])["r0"]) == bits(alone[0])
-    assert engine.counts["prompt_tokens_reused"] == 128  # new weights, nothing is known
+    assert engine.reused == 128  # new weights, nothing is known
 
 
 def test_long_prompts_come_in_pieces_while_the_others_go_on(llama: Path, monkeypatch: pytest.MonkeyPatch):
     long = replace(request(0), prompt=np.arange(100, dtype=np.int32) % VOCABULARY)
     whole = generate(NativeEngine(llama, slots=8, max_length=128), [long])["r0"]
-    monkeypatch.setattr("raylign.rollout.native.engine.PROMPT_TOKENS", 30)
+    monkeypatch.setattr("raylign.rollout.native.schedule.PROMPT_TOKENS", 30)
     engine = NativeEngine(llama, slots=8, max_length=128)
     engine.submit(request(1, max_tokens=20))
     engine.step()
@@ -193,7 +193,7 @@ def test_a_prompt_in_pieces_with_no_row_running_gives_the_tokens_of_transformers
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Steps with only a first piece of a prompt want no logits at all."""
-    monkeypatch.setattr("raylign.rollout.native.engine.PROMPT_TOKENS", 32)
+    monkeypatch.setattr("raylign.rollout.native.schedule.PROMPT_TOKENS", 32)
     engine = NativeEngine(llama, slots=8, max_length=128)
     asked = request(0, 100, temperature=0, max_tokens=5)
     assert tokens(generate(engine, [asked])[asked.request_id]) == [Reference(llama).greedy(asked)]
