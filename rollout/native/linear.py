@@ -79,23 +79,26 @@ class EngineLinear(nn.Module):
 
     def put(self, number: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take an adapter's factors `a` `[r, I]` and `b` `[O, r]` under a number of the bank's."""
-        count, rank = 0, a.shape[0]
-        if self.factors is not None:
-            count, rank_now, _ = self.factors[0].shape
-            rank = max(rank, rank_now)
-        size = max(number + 1, count)
-        grown = (
-            torch.zeros((size, rank, self.in_features), device=self._device),
-            torch.zeros((size, rank, self.out_features), device=self._device),
-        )
-        if self.factors is not None:
-            grown[0][:count, : self.factors[0].shape[1]] = self.factors[0]
-            grown[1][:count, : self.factors[1].shape[1]] = self.factors[1]
-        grown[0][number], grown[1][number] = 0, 0
-        grown[0][number, : a.shape[0]], grown[1][number, : b.shape[1]] = a, b.t()
-        self.factors = grown
+        if self.factors is None or number >= len(self.factors[0]) or len(a) > self.factors[0].shape[1]:
+            self._grow(number + 1, len(a))
+        assert self.factors is not None
+        for factors, new in zip(self.factors, (a, b.t()), strict=True):
+            factors[number, : len(new)] = new
+            factors[number, len(new) :] = 0
         self._cover(number)
         self._has[number] = number
+
+    def _grow(self, count: int, rank: int) -> None:
+        """Make place for `count` adapters of `rank`, beside those that are there."""
+        old = self.factors
+        if old is not None:
+            count, rank = max(count, len(old[0]) * 3 // 2), max(rank, old[0].shape[1])
+        self.factors = (
+            torch.zeros((count, rank, self.in_features), device=self._device),
+            torch.zeros((count, rank, self.out_features), device=self._device),
+        )
+        for grown, kept in zip(self.factors, old or (), strict=False):
+            grown[: len(kept), : kept.shape[1]] = kept
 
     def remove(self, number: int) -> None:
         """The adapter of this number does not change this layer, or not any more."""
