@@ -7,6 +7,7 @@ may come in pieces, and a row may read blocks that another row of the same forwa
 Shapes: T tokens, H heads, K key-value heads, D head dimensions, N blocks of B tokens, M blocks a row can have.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +49,9 @@ class PagedCache(Cache):
         self.scores = np.empty(-(-places // BLOCK) * BLOCK, np.float32)
         """Scratch memory of the attention."""
         self._batch: Batch | None = None
-        AttentionInterface.register(self.name, self.attend)
+        attend = weakref.WeakMethod(self.attend)  # the registry must not keep an engine's memory alive
+        AttentionInterface.register(self.name, lambda *states, **settings: attend()(*states, **settings))  # pyright: ignore[reportOptionalCall]
+        weakref.finalize(self, AttentionInterface._global_mapping.pop, self.name, None)
 
     def begin(self, batch: Batch) -> None:
         """Tell whose the tokens of the coming forward are."""
@@ -81,10 +84,6 @@ class PagedCache(Cache):
         """Copy whole blocks."""
         for layer in self._each():
             layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
-
-    def close(self) -> None:
-        """Take the attention out of transformers' registry."""
-        AttentionInterface._global_mapping.pop(self.name, None)
 
     def layer(self, number: int) -> "PagedLayer":
         """One layer's blocks."""

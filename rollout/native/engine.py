@@ -53,8 +53,8 @@ class NativeEngine:
         self._state = np.zeros(slots, STATE)
         self._unfinished: Counter[str] = Counter()
         self._tokenizer: Any = None
-        self.counts = Counter[str]()
-        """Since the start: `forwards`, and `prompt_tokens` that were computed."""
+        self.computed = 0
+        """Prompt tokens that were computed, since the start."""
 
     @property
     def busy(self) -> bool:
@@ -152,8 +152,7 @@ class NativeEngine:
         except BaseException:
             self._schedule.forget()
             raise
-        self.counts["forwards"] += 1
-        self.counts["prompt_tokens"] += len(batch.tokens) - len(running)
+        self.computed += len(batch.tokens) - len(running)
         for piece in pieces:
             if not piece.last:
                 piece.prompt.done = piece.end

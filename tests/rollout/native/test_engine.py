@@ -1,5 +1,6 @@
 """What is the native engine's own, beside what tests/rollout/test_conformance.py asks of every engine."""
 
+import gc
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from raylign.cluster.errors import InputError
 from raylign.rollout.engine import RequestsFailed, generate
 from raylign.rollout.native.engine import NativeEngine
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from ..models import ARCHITECTURES, VOCABULARY, make_adapter, save_model
 from ..reference import Reference
@@ -55,7 +56,7 @@ def test_a_prompt_is_prefilled_once_for_all_its_completions(llama: Path):
     engine = NativeEngine(llama, slots=3, max_length=64)
     several, one = request(1, n=7), request(2, n=1)
     generate(engine, [several, one])
-    assert engine.counts["prompt_tokens"] == len(several.prompt) + len(one.prompt)
+    assert engine.computed == len(several.prompt) + len(one.prompt)
 
 
 def test_a_prefix_that_was_seen_is_read_from_the_cache_and_changes_no_bit(llama: Path):
@@ -197,3 +198,12 @@ def test_a_prompt_in_pieces_with_no_row_running_gives_the_tokens_of_transformers
     engine = NativeEngine(llama, slots=8, max_length=128)
     asked = request(0, 100, temperature=0, max_tokens=5)
     assert tokens(generate(engine, [asked])[asked.request_id]) == [Reference(llama).greedy(asked)]
+
+
+def test_an_engine_that_is_gone_leaves_nothing_in_transformers(llama: Path):
+    before = set(AttentionInterface._global_mapping)
+    engine = NativeEngine(llama, slots=1, max_length=16)
+    assert len(set(AttentionInterface._global_mapping) - before) == 1
+    del engine
+    gc.collect()
+    assert set(AttentionInterface._global_mapping) <= before
