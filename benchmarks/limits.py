@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .models import TORCH_NAMES, Dtype, Shape
 from .workloads import Workload
 
@@ -12,8 +14,11 @@ _LEAST_REPEATS = 4
 
 
 def _products(rows: int, matrix: tuple[int, int], dtype: Dtype) -> list[Callable[[], Any]]:
-    """The ways torch has of multiplying `rows` by a matrix: as stored, and packed for oneDNN where that exists."""
+    """The ways there are of multiplying `rows` by a matrix: torch's as stored, oneDNN's packed where that exists, and
+    the native engine's."""
     import torch
+    from raylign.rollout.native import matmul  # pyright: ignore[reportMissingImports]
+    from raylign.rollout.native.kernels import as_array  # pyright: ignore[reportMissingImports]
     from torch.nn import functional
 
     outputs, inputs = matrix
@@ -24,6 +29,12 @@ def _products(rows: int, matrix: tuple[int, int], dtype: Dtype) -> list[Callable
         ops: Any = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, rows)
         ways.append(lambda: ops._linear_pointwise(x, packed, None, "none", [], ""))
+    pairs = dtype == "bf16"
+    panels = np.zeros(matmul.panels(outputs, inputs, pairs), np.uint32 if pairs else np.float32)
+    matmul.pack(as_array(weight), panels)
+    start, out = np.zeros(len(panels) * matmul.PANEL, np.float32), np.empty((rows, outputs), np.float32)
+    given = as_array(x).view(panels.dtype)
+    ways.append(lambda: matmul.Products()(given, panels, start, out))
     return ways
 
 

@@ -28,8 +28,8 @@ class RolloutConfig(Config):
     python: str | None = None
     """The Python that rollout actors run in, of another environment (`../.venv-vllm/bin/python`); ours by default."""
     exact: bool = True
-    """Prove at every worker's start that tokens do not depend on which rows run together, and compute on one thread.
-    `false` takes as many threads as the worker has CPUs, and a repetition may differ."""
+    """Prove at every worker's start that tokens do not depend on which rows run together. `false` lets torch's own
+    operations, too, use all CPUs of the worker, and a repetition may differ."""
     workers: ElasticWorkers = ElasticWorkers()
     group_size: int = Field(default=8, ge=2)
     """Completions per prompt; an advantage compares them with each other."""

@@ -65,8 +65,10 @@ class RolloutWorker:
         device = "cuda" if torch.cuda.is_available() and config.resources.gpus else "cpu"
         dtype = "bfloat16" if self._spec.dtype == "bfloat16" else "float32"
         build = ENGINES[config.engine]
-        threads = 1 if config.is_exact else max(1, int(config.resources.cpus))
-        engine: Any = build(self._spec.base, config.slots, self._spec.max_length, dtype, device, threads=threads)
+        threads, exact = max(1, int(config.resources.cpus)), config.is_exact
+        engine: Any = build(
+            self._spec.base, config.slots, self._spec.max_length, dtype, device, threads=threads, exact=exact
+        )
         if config.is_exact:
             check_exactness(engine)
         return engine

@@ -10,7 +10,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from .kernels import BLOCK
+BLOCK = 32
+"""Tokens of a block: whole panels of the widest tile."""
 
 Key = bytes
 """What a full block holds: a digest of the adapter and of all tokens up to the block's end."""

@@ -16,8 +16,11 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from . import kernels
-from .kernels import BLOCK
+from . import attention
+from .attention import Scratch, padded
+from .blocks import BLOCK
+from .kernels import as_array
+from .memory import HugePages
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,12 @@ class PagedCache(Cache):
     `name` is what the model's configuration calls the attention that reads this cache.
     """
 
-    def __init__(self, probe: DynamicCache, blocks: int, places: int) -> None:
+    def __init__(self, probe: DynamicCache, blocks: int, places: int, memory: HugePages) -> None:
         states: list[Any] = probe.layers
-        super().__init__(layers=[PagedLayer(layer.keys, layer.values, blocks) for layer in states])
+        super().__init__(layers=[PagedLayer(layer.keys, layer.values, blocks, memory) for layer in states])
         self.name = f"raylign-paged-{id(self)}"
-        self.scores = np.empty(-(-places // BLOCK) * BLOCK, np.float32)
-        """Scratch memory of the attention."""
+        self._places = places
+        self._scratches: dict[tuple[int, ...], Scratch] = {}
         self._batch: Batch | None = None
         attend = weakref.WeakMethod(self.attend)  # the registry must not keep an engine's memory alive
         AttentionInterface.register(self.name, lambda *states, **settings: attend()(*states, **settings))  # pyright: ignore[reportOptionalCall]
@@ -76,14 +79,24 @@ class PagedCache(Cache):
         assert self._batch is not None
         layer, q = self.layer(module.layer_idx), query[0].transpose(0, 1).float().contiguous()
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        attend = layer.attend_on_cpu if q.device.type == "cpu" else layer.attend_on_device
-        out = attend(q, self._batch, scale, sliding_window or 0, softcap or 0.0, self.scores)
+        limits = (scale, sliding_window or 0, softcap or 0.0)
+        if q.device.type == "cpu":
+            out = layer.attend_on_cpu(q, self._batch, *limits, self.scratch(layer, q.shape[1]))
+        else:
+            out = layer.attend_on_device(q, self._batch, *limits)
         return out.to(query.dtype)[None], None
 
     def copy(self, source: list[int], to: list[int]) -> None:
         """Copy whole blocks."""
         for layer in self._each():
             layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
+
+    def scratch(self, layer: "PagedLayer", heads: int) -> Scratch:
+        """Memory for the attention of a layer with so many query heads; layers take turns."""
+        sizes = (heads // layer.keys.shape[1], layer.keys.shape[2], layer.values.shape[3])
+        if sizes not in self._scratches:
+            self._scratches[sizes] = Scratch(self._places, *sizes)
+        return self._scratches[sizes]
 
     def layer(self, number: int) -> "PagedLayer":
         """One layer's blocks."""
@@ -94,41 +107,39 @@ class PagedCache(Cache):
 
 
 class PagedLayer(CacheLayerMixin):
-    """One layer's blocks: `keys` and `values` `[N, K, B, D]`."""
+    """One layer's blocks: `keys` `[N, K, D, B]` and `values` `[N, K, B, E]`, as `attention` wants them."""
 
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, blocks: int) -> None:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, blocks: int, memory: HugePages) -> None:
         super().__init__()
         _, heads, _, size = keys.shape
-        like = {"dtype": keys.dtype, "device": keys.device}
-        self.keys: torch.Tensor = torch.zeros((blocks, heads, BLOCK, size), **like)  # pyright: ignore
-        self.values: torch.Tensor = torch.zeros((blocks, heads, BLOCK, values.shape[-1]), **like)  # pyright: ignore
+        self._size = values.shape[-1]
+        self.keys: torch.Tensor = _zeros((blocks, heads, size, BLOCK), keys, memory)  # pyright: ignore
+        self.values: torch.Tensor = _zeros((blocks, heads, BLOCK, padded(self._size)), keys, memory)  # pyright: ignore
         self.is_initialized = True
 
     def store(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
         """Write states `[T, K, D]` to their tokens' places."""
         if self.keys.device.type == "cpu":
-            keys, values, new_keys, new_values = (kernels.as_array(x) for x in (self.keys, self.values, k, v))
-            kernels.store(keys, values, new_keys, new_values, *_places(batch))
+            attention.store(*(as_array(x) for x in (self.keys, self.values, k, v)), *_places(batch))
             return
         blocks = torch.from_numpy(batch.tables[batch.rows, batch.positions // BLOCK]).long()
         places = torch.from_numpy(batch.positions % BLOCK)
-        self.keys[blocks, :, places], self.values[blocks, :, places] = k, v
+        self.keys[blocks, :, :, places] = k
+        self.values[blocks, :, places, : self._size] = v
 
     def attend_on_cpu(
-        self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, scores: np.ndarray
+        self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, scratch: Scratch
     ) -> torch.Tensor:
         """Each token by itself, `[T, H, D]` float32."""
-        out = torch.empty((*q.shape[:2], self.values.shape[-1]))
-        keys, values = kernels.as_array(self.keys), kernels.as_array(self.values)
+        out = torch.empty((*q.shape[:2], self._size))
         limits = (np.float32(scale), window, np.float32(cap))
-        kernels.attend(q.numpy(), keys, values, *_places(batch), *limits, out.numpy(), scores)
+        keys, values = as_array(self.keys), as_array(self.values)
+        attention.attend(q.numpy(), keys, values, *_places(batch), *limits, out.numpy(), *scratch.arrays)
         return out
 
-    def attend_on_device(
-        self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, _: np.ndarray
-    ) -> torch.Tensor:
+    def attend_on_device(self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float) -> torch.Tensor:
         """The same in torch's own operations, for a GPU; a few tokens at a time, to bound the gathered blocks."""
         heads, shared = self.keys.shape[1], q.shape[1] // self.keys.shape[1]
         parts: list[torch.Tensor] = []
@@ -136,8 +147,8 @@ class PagedLayer(CacheLayerMixin):
             positions = torch.from_numpy(batch.positions)[some]
             count = int(positions.max()) // BLOCK + 1
             blocks = torch.from_numpy(batch.tables[batch.rows[some.numpy()], :count]).long().to(q.device)
-            keys = self.keys[blocks].float().permute(0, 2, 4, 1, 3).flatten(3)
-            values = self.values[blocks].float().permute(0, 2, 1, 3, 4).flatten(2, 3)
+            keys = self.keys[blocks].float().permute(0, 2, 3, 1, 4).flatten(3)
+            values = self.values[blocks][..., : self._size].float().permute(0, 2, 1, 3, 4).flatten(2, 3)
             scores = q[some.to(q.device)].view(len(some), heads, shared, -1) @ keys * scale
             scores = cap * torch.tanh(scores / cap) if cap else scores
             places, last = torch.arange(count * BLOCK), positions[:, None]
@@ -168,3 +179,11 @@ class PagedLayer(CacheLayerMixin):
 
 def _places(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return batch.rows, batch.positions, batch.tables
+
+
+def _zeros(shape: tuple[int, ...], like: torch.Tensor, memory: HugePages) -> torch.Tensor:
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if like.dtype == torch.bfloat16:
+        return torch.from_numpy(memory.zeros(shape, np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(memory.zeros(shape, np.float32))

@@ -15,16 +15,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...cluster.errors import InputError
+from .blocks import BLOCK
 from .cache import Batch, PagedCache
-from .kernels import BLOCK
-from .linear import EngineLinear, Which
+from .linear import EngineLinear, Shared
 from .llama import LlamaForward, fits
 from .lora import LoraBank
 from .norms import replace_norms
 
 ROWS = 8
-"""Tokens of a forward come in multiples of this, idle ones fill it up: matrix products of fewer round differently, and
-torch computes the end of a tensor that is no whole number of vectors with other code than the rest."""
+"""Tokens of a forward come in multiples of this, idle ones fill it up: torch computes the end of a tensor that is no
+whole number of vectors with other code than the rest."""
 
 _ATTENTIONS = {"full_attention", "sliding_attention"}
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -40,7 +40,14 @@ class Decoder:
     """
 
     def __init__(
-        self, folder: Path, *, rows: int, max_length: int, dtype: Literal["float32", "bfloat16"], device: str
+        self,
+        folder: Path,
+        *,
+        rows: int,
+        max_length: int,
+        dtype: Literal["float32", "bfloat16"],
+        device: str,
+        threads: int,
     ) -> None:
         self.model: Any = _load(folder, getattr(torch, dtype)).to(device)
         self.device = torch.device(device)
@@ -52,7 +59,7 @@ class Decoder:
         _check_attention(config, self._name)
         self._sliding: int | None = getattr(config, "sliding_window", None)
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
-        self._which = Which()
+        self._shared = Shared(threads)
         self.blocks_per_row = -(-self.max_length // BLOCK)
         self.blocks = rows * self.blocks_per_row
         self._layers: dict[str, EngineLinear] = {}
@@ -70,7 +77,7 @@ class Decoder:
         A token's numbers depend on its own row alone.
         """
         batch = _filled(batch, self.blocks)
-        self._which.numbers = batch.adapters if (batch.adapters >= 0).any() else None
+        self._shared.adapters = batch.adapters if (batch.adapters >= 0).any() else None
         if self._fast:
             return self._fast(batch, wanted).float()
         self._cache.begin(batch)
@@ -128,7 +135,7 @@ class Decoder:
         states = DynamicCache()
         ids = torch.from_numpy(tokens)[None].to(self.device)
         wanted = self.model(input_ids=ids, past_key_values=states, use_cache=True).logits[0].float()
-        self._cache = PagedCache(states, self.blocks + 1, self.max_length)
+        self._cache = PagedCache(states, self.blocks + 1, self.max_length, self._shared.memory)
         self._put_in_layers()
         self.model.set_attn_implementation(self._cache.name)
         self._fast = LlamaForward(self.model, self._cache) if fits(self.model) else None
@@ -151,7 +158,7 @@ class Decoder:
         head = self.model.get_output_embeddings()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, Conv1D) or type(module) is nn.Linear:
-                layer = EngineLinear(module, self._which, torch.float32 if module is head else None)
+                layer = EngineLinear(module, self._shared, torch.float32 if module is head else None)
                 parent, _, child = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), child, layer)
                 self._layers[name] = layer

@@ -2,9 +2,9 @@
 
 Every step is one forward over the newest token of each running row and pieces of waiting prompts, side by side and
 without padding; finished rows leave and waiting ones enter between two steps. What a row generates depends on its
-prompt, sampling, seed and adapter alone, bit for bit: loops compute a token by itself, and matrix products give a token
-the same bits in any company of eight or more. On a CPU this needs one torch thread, which the caller sets
-(`torch.set_num_threads(1)`); `self_check.check_exactness` proves it.
+prompt, sampling, seed and adapter alone, bit for bit: loops and matrix products compute a token by itself. For what is
+left to torch on a CPU this needs one torch thread, which the caller sets (`torch.set_num_threads(1)`);
+`self_check.check_exactness` proves it.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ import torch
 from ...cluster.errors import InputError
 from ..engine import RequestsFailed, TokenEvent, check_request
 from ..records import GenerationRequest
+from .blocks import BLOCK
 from .cache import Batch
 from .decoder import Decoder
-from .kernels import BLOCK
 from .rows import STATE, Prompt, Row, fresh_state, knobs_of
 from .sampling import draw, uniforms
 from .schedule import Piece, Schedule
@@ -30,8 +30,8 @@ class NativeEngine:
     """Implements the `Engine` protocol on one base model in a Hugging Face folder.
 
     `slots` is the number of rows that decode at once. `max_length` counts prompt and completion together and is cut to
-    the model's own limit. One thread may call the methods. Raises `InputError` for a folder or architecture that it
-    cannot run exactly.
+    the model's own limit. `threads` is for matrix products on a CPU. One thread may call the methods. Raises
+    `InputError` for a folder or architecture that it cannot run exactly.
     """
 
     def __init__(
@@ -42,12 +42,15 @@ class NativeEngine:
         max_length: int,
         dtype: Literal["float32", "bfloat16"] = "float32",
         device: str = "cpu",
+        threads: int = 1,
     ) -> None:
         if slots < 1 or max_length < 2:
             raise InputError(f"the engine needs at least 1 slot and 2 tokens of length, not {slots} and {max_length}")
         self._folder = folder
         # A prompt with samples that wait for slots keeps its blocks; there is at most one such, at the queue's head.
-        self._decoder = Decoder(folder, rows=slots + 1, max_length=max_length, dtype=dtype, device=device)
+        self._decoder = Decoder(
+            folder, rows=slots + 1, max_length=max_length, dtype=dtype, device=device, threads=threads
+        )
         decoder = self._decoder
         self._schedule = Schedule(slots, decoder.blocks, decoder.blocks_per_row, decoder.copy_blocks)
         self._state = np.zeros(slots, STATE)

@@ -1,7 +1,4 @@
-"""The engine's linear layers: weights in the processor's own layout, and every token's own adapter on top.
-
-oneDNN's product of packed weights is about a third faster than the plain one at 64 tokens and twice as fast at 8, and,
-measured, gives a token the same bits beside any number of others from two on.
+"""The engine's linear layers: weights in panels (`matmul`), and every token's own adapter on top.
 
 Shapes: T tokens, I inputs, O outputs, r rank, n adapters.
 """
@@ -14,7 +11,18 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from . import kernels
+from . import kernels, matmul
+from .memory import HugePages
+
+
+class Shared:
+    """What all linear layers of an engine have in common. `threads` is for products on a CPU."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self.multiply = matmul.Products(threads)
+        self.memory = HugePages()
+        self.adapters: np.ndarray | None = None
+        """Each token's adapter in the coming forward, `[T]`; None when no token has one."""
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -28,17 +36,19 @@ def features(layer: nn.Module) -> tuple[int, int]:
 class EngineLinear(nn.Module):
     """Stands in for an `nn.Linear` or GPT-2's `Conv1D`, with the same names and shapes of its parameters.
 
-    `dtype` is what it computes in, by default the layer's own; `which` tells each token's adapter (see `LoraBank`).
+    `dtype` is that of its outputs, by default the weights'.
     """
 
-    def __init__(self, layer: nn.Module, which: "Which", dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layer: nn.Module, shared: Shared, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         source: Any = layer
         self.in_features, self.out_features = features(layer)
         self.weight, self.bias = source.weight, source.bias
         self._transposed = isinstance(layer, Conv1D)
         self._dtype, self._device = dtype or source.weight.dtype, source.weight.device
-        self._which = which
+        self._pairs = source.weight.dtype == torch.bfloat16 and self.in_features % 2 == 0
+        self._shared = shared
+        self._packed: np.ndarray | None = None
         self._hidden = np.empty(0, np.float32)
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
         """`a` `[n, r, I]` and `b` `[n, r, O]` of all adapters, where any targets this layer."""
@@ -48,16 +58,28 @@ class EngineLinear(nn.Module):
 
     def pack(self, weight: torch.Tensor | None = None) -> None:
         """Take over new weights: these, or what the parameters hold now."""
-        new: torch.Tensor = (self.weight.detach() if weight is None else weight).to(self._dtype)
+        new: torch.Tensor = self.weight.detach() if weight is None else weight
         new = new.t().contiguous() if self._transposed else new
-        packs = self._device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(new, None) if packs else None
-        self._plain = None if packs else new.to(self._device)
+        if self._device.type == "cpu":
+            self._pack(new.to(torch.bfloat16 if self._pairs else torch.float32))
+        else:
+            self._plain = new.to(self._device, self._dtype)
         self.take_bias()
+
+    def _pack(self, weight: torch.Tensor) -> None:
+        if self._packed is None:
+            shape = matmul.panels(self.out_features, self.in_features, self._pairs)
+            self._packed = self._shared.memory.zeros(shape, np.uint32 if self._pairs else np.float32)
+        matmul.pack(kernels.as_array(weight), self._packed)
 
     def take_bias(self) -> None:
         """Take over what the bias parameter holds now."""
-        self._bias = None if self.bias is None else self.bias.detach().to(self._dtype)
+        if self._packed is None:
+            self._bias = None if self.bias is None else self.bias.detach().to(self._dtype)
+            return
+        self._start = np.zeros(len(self._packed) * matmul.PANEL, np.float32)
+        if self.bias is not None:
+            self._start[: self.out_features] = self.bias.detach().float().numpy()
 
     def release(self) -> bool:
         """Give the weight parameter's memory back where the packed copy is all that is needed; its shape stays."""
@@ -68,14 +90,22 @@ class EngineLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
-        flat = x.reshape(-1, self.in_features).to(self._dtype)
-        if self._plain is None:
-            out = torch.ops.mkldnn._linear_pointwise(flat, self._packed, self._bias, "none", [], "")
-        else:
-            out = functional.linear(flat, self._plain, self._bias)
-        if self.factors is not None and self._which.numbers is not None:
-            self._add_adapters(flat, out, self._has[self._which.numbers])
-        return out.view(*x.shape[:-1], self.out_features)
+        flat = x.reshape(-1, self.in_features)
+        out = self._on_device(flat) if self._packed is None else self._on_cpu(flat, self._packed)
+        if self.factors is not None and self._shared.adapters is not None:
+            self._add_adapters(flat, out, self._has[self._shared.adapters])
+        return out.to(self._dtype).view(*x.shape[:-1], self.out_features)
+
+    def _on_cpu(self, x: torch.Tensor, packed: np.ndarray) -> torch.Tensor:
+        """The product in float32, before it is rounded."""
+        out = torch.empty(len(x), self.out_features)
+        given = kernels.as_array(x.to(torch.bfloat16).contiguous() if self._pairs else x.float().contiguous())
+        given = given.view(np.uint32) if self._pairs else given
+        self._shared.multiply(given, packed, self._start, out.numpy())
+        return out
+
+    def _on_device(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x.to(self._dtype), self._plain, self._bias)
 
     def put(self, number: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take an adapter's factors `a` `[r, I]` and `b` `[O, r]` under a number of the bank's."""
@@ -123,9 +153,3 @@ class EngineLinear(nn.Module):
         of = torch.from_numpy(which[which >= 0]).to(out.device)
         delta = torch.bmm(torch.bmm(x[rows].float()[:, None], a[of].mT), b[of])[:, 0]
         out[rows] = (out[rows] + delta).to(out.dtype)
-
-
-class Which:
-    """Each token's adapter in the coming forward, shared by all layers: `[T]`, or None when no token has one."""
-
-    numbers: np.ndarray | None = None

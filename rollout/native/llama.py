@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import kernels
+from . import attention, kernels
 from .cache import Batch, PagedCache
 from .norms import EngineNorm
 
@@ -72,9 +72,10 @@ class LlamaForward:
         weights = (kernels.as_array(q_weight), kernels.as_array(k_weight), eps)
         keys, values = kernels.as_array(cache.keys), kernels.as_array(cache.values)
         places = (batch.rows, batch.positions, batch.tables)
-        kernels.rotate_and_store(*tensors, cos, sin, *weights, keys, values, *places, queries.numpy(), self._scratch)  # pyright: ignore[reportCallIssue]
+        attention.rotate_and_store(*tensors, cos, sin, *weights, keys, values, *places, queries.numpy(), self._scratch)  # pyright: ignore[reportCallIssue]
         limits = (self._scale, 0, np.float32(0))
-        kernels.attend(queries.numpy(), keys, values, *places, *limits, out.numpy(), self._cache.scores)
+        scratch = self._cache.scratch(cache, queries.shape[1]).arrays
+        attention.attend(queries.numpy(), keys, values, *places, *limits, out.numpy(), *scratch)  # pyright: ignore[reportCallIssue]
         return layer.o_proj(out.view(len(x), -1).to(x.dtype))
 
 
@@ -89,6 +90,5 @@ def _add_and_norm(x: torch.Tensor, update: torch.Tensor, norm: EngineNorm) -> to
 def _mlp(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """SwiGLU, `[T, C]` to the same."""
     gate, up = layer.gate_proj(x), layer.up_proj(x)
-    flat_gate, flat_up = (kernels.as_array(part.view(-1)) for part in (gate, up))
-    kernels.silu_multiply(flat_gate, flat_up, flat_gate)
+    kernels.silu_multiply(*(kernels.as_array(part.view(-1)) for part in (gate, up)))
     return layer.down_proj(gate)

@@ -6,12 +6,9 @@ being left to the compiler: the same logits give the same bits whatever rows sta
 Shapes: n rows, V tokens of the vocabulary.
 """
 
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
+from .compiled import compiled
 
 _BLOCK = 256
 """Weights are summed by blocks of this many, so that a draw scans blocks first and then one of them."""
@@ -29,7 +26,7 @@ _LOWEST = np.float32(-87.0)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@njit(**_OPTIONS)
+@compiled()
 def draw_rows(
     logits: np.ndarray,
     temperature: np.ndarray,
@@ -76,7 +73,7 @@ def draw_rows(
                 values[i] = np.float64((values[i] - best) * scale) - log_total
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _maximum(scores: np.ndarray) -> np.float32:
     lanes = np.full(64, -np.inf, np.float32)
     whole = scores.size - scores.size % 64
@@ -91,12 +88,11 @@ def _maximum(scores: np.ndarray) -> np.float32:
     return best
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _weigh(scores: np.ndarray, best: np.float32, scale: np.float32, weights: np.ndarray) -> None:
     """exp((scores − best) · scale), to 2 units in the last place (Cephes' expf), 0 below e^-87; not a number stays so.
 
-    Written out because LLVM does not turn calls of libm's exp into vectors, and not shared with kernels.py because
-    numba's cache would not notice a change there.
+    Written out because LLVM does not turn calls of libm's exp into vectors; unlike `kernels.exp_` without reordering.
     """
     for i in range(scores.size):
         exponent = (scores[i] - best) * scale
@@ -108,7 +104,7 @@ def _weigh(scores: np.ndarray, best: np.float32, scale: np.float32, weights: np.
         weights[i] = _ZERO if exponent < _LOWEST else (y * f * f + f + _ONE) * power + (exponent - exponent)
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _sum_blocks(weights: np.ndarray, sums: np.ndarray, lanes: np.ndarray) -> float:
     """Fill in the sum of every block of weights; gives the sum of all."""
     total = 0.0
@@ -125,7 +121,7 @@ def _sum_blocks(weights: np.ndarray, sums: np.ndarray, lanes: np.ndarray) -> flo
     return total
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _first_of(scores: np.ndarray, value: np.float32) -> int:
     for i in range(scores.size):
         if scores[i] == value:
@@ -133,7 +129,7 @@ def _first_of(scores: np.ndarray, value: np.float32) -> int:
     return 0
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _invert(weights: np.ndarray, sums: np.ndarray, target: float) -> int:
     """The first token at which the running sum exceeds `target`, or the last one that has any weight."""
     before, block = 0.0, -1
@@ -153,7 +149,7 @@ def _invert(weights: np.ndarray, sums: np.ndarray, target: float) -> int:
     return token
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _restrict(
     weights: np.ndarray, sums: np.ndarray, lanes: np.ndarray, total: float, min_p: float, top_k: int, top_p: float
 ) -> float:
@@ -168,13 +164,13 @@ def _restrict(
     return _sum_blocks(weights, sums, lanes)
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _keep(weights: np.ndarray, least: np.float32) -> None:
     for i in range(weights.size):
         weights[i] = weights[i] if weights[i] >= least else _ZERO
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _least(weights: np.ndarray, by_weight: bool, wanted: float) -> np.float32:
     """The weight with which the best tokens, one by one, reach `wanted` in all: in weight, or in number.
 
@@ -195,7 +191,7 @@ def _least(weights: np.ndarray, by_weight: bool, wanted: float) -> np.float32:
     return np.int32(leading).view(np.float32)
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _likeliest(scores: np.ndarray, weights: np.ndarray, ids: np.ndarray, values: np.ndarray) -> None:
     """The best tokens that have any weight, and their scores, best first, equals by id; then -inf."""
     ids[:] = 0

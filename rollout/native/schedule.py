@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..records import GenerationRequest
-from .blocks import BlockPool, prefix_keys
-from .kernels import BLOCK
+from .blocks import BLOCK, BlockPool, prefix_keys
 from .rows import Prompt, Row
 
 PROMPT_TOKENS = 256

@@ -1,8 +1,7 @@
 """Who uses which block of the cache, and which prefixes are known."""
 
 import numpy as np
-from raylign.rollout.native.blocks import BlockPool, prefix_keys
-from raylign.rollout.native.kernels import BLOCK
+from raylign.rollout.native.blocks import BLOCK, BlockPool, prefix_keys
 
 
 def test_a_block_is_free_when_its_last_user_leaves():

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from raylign.rollout.native import kernels
+from raylign.rollout.native.attention import Scratch
+from raylign.rollout.native.blocks import BLOCK
 from raylign.rollout.native.cache import Batch, PagedLayer
-from raylign.rollout.native.kernels import BLOCK, as_array
+from raylign.rollout.native.kernels import as_array
+from raylign.rollout.native.memory import HugePages
 from torch.nn import functional
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -17,7 +20,7 @@ def filled_layer(lengths: list[int], heads: int, size: int, dtype: torch.dtype) 
     torch.manual_seed(0)
     states = torch.randn(1, heads, 1, size).to(dtype)
     per_row = -(-max(lengths) // BLOCK)
-    layer = PagedLayer(states, states, len(lengths) * per_row)
+    layer = PagedLayer(states, states, len(lengths) * per_row, HugePages())
     tables = np.random.default_rng(0).permutation(len(lengths) * per_row).reshape(len(lengths), -1).astype(np.int32)
     for row, length in enumerate(lengths):
         places = np.arange(length)
@@ -35,28 +38,28 @@ def test_attention_is_torchs_and_a_tokens_bits_are_its_own(
 ):
     layer, batch = filled_layer([1, 7, 31, 32, 33, 70, 100], heads, size, dtype)
     q = torch.randn(7, heads * shared, size)
-    scores = np.empty(128, np.float32)
-    got = layer.attend_on_cpu(q, batch, 0.3, window, cap, scores)
-    assert torch.allclose(got, layer.attend_on_device(q, batch, 0.3, window, cap, scores), atol=1e-5)
+    scratch = Scratch(128, shared, size, layer.values.shape[3])
+    got = layer.attend_on_cpu(q, batch, 0.3, window, cap, scratch)
+    assert torch.allclose(got, layer.attend_on_device(q, batch, 0.3, window, cap), atol=1e-5)
     row = 6
-    flat = layer.keys[batch.tables[row]].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
-    values = layer.values[batch.tables[row]].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
+    flat = layer.keys[batch.tables[row]].permute(1, 0, 3, 2).flatten(1, 2)[:, :100].float()
+    values = layer.values[batch.tables[row]][..., :size].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
     begin = max(0, 100 - window) if window else 0
     wanted = (q[row].view(heads, shared, size) @ flat.mT * 0.3)[:, :, begin:]
     wanted = cap * torch.tanh(wanted / cap) if cap else wanted
     assert torch.allclose(got[row], (wanted.softmax(-1) @ values[:, begin:]).flatten(0, 1), atol=1e-5)
     some = Batch(batch.tokens[2:5], batch.positions[2:5], batch.rows[2:5], batch.tables, batch.adapters[2:5])
-    assert torch.equal(layer.attend_on_cpu(q[2:5], some, 0.3, window, cap, scores), got[2:5])
+    assert torch.equal(layer.attend_on_cpu(q[2:5], some, 0.3, window, cap, scratch), got[2:5])
 
 
 def test_what_lies_beyond_a_rows_end_is_never_read():
     layer, batch = filled_layer([5, 40], 2, 8, torch.float32)
     q = torch.randn(2, 2, 8)
-    scores = np.empty(64, np.float32)
-    before = layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scores)
-    layer.keys[batch.tables[0, 0], :, 5:] = float("nan")
+    scratch = Scratch(64, 1, 8, layer.values.shape[3])
+    before = layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scratch)
+    layer.keys[batch.tables[0, 0], :, :, 5:] = float("nan")
     layer.values[batch.tables[0, 0], :, 5:] = float("nan")
-    assert torch.equal(layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scores), before)
+    assert torch.equal(layer.attend_on_cpu(q, batch, 1.0, 0, 0.0, scratch), before)
 
 
 @DTYPES
@@ -79,9 +82,9 @@ def test_norms_are_torchs(dtype: torch.dtype):
 def test_swiglu_is_torchs_at_any_size_of_its_numbers(dtype: torch.dtype):
     gate = torch.tensor([-1e4, -90.0, -20.0, -1.0, -0.0, 0.0, 0.3, 5.0, 88.0, 1e4]).to(dtype)
     up = torch.linspace(-2, 2, 10).to(dtype)
-    out = torch.empty_like(gate)
-    kernels.silu_multiply(as_array(gate), as_array(up), as_array(out))
-    assert torch.allclose(out.float(), functional.silu(gate.float()) * up.float(), rtol=TOLERANCE[dtype], atol=1e-6)
+    wanted = functional.silu(gate.float()) * up.float()
+    kernels.silu_multiply(as_array(gate), as_array(up))
+    assert torch.allclose(gate.float(), wanted, rtol=TOLERANCE[dtype], atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [0x3F800000, 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7FC00001, 0x80000001])
