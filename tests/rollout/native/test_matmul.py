@@ -58,7 +58,7 @@ def test_what_is_not_finite_shows_in_its_own_rows_alone():
     x, weight = torch.ones(14, 8), packed(torch.ones(40, 8))
     x[5, 3] = torch.inf
     x[6, 0] = torch.nan
-    out = product(x, weight, 40, np.zeros(2 * matmul.PANEL, np.float32))
+    out = product(x, weight, 40, np.zeros(len(weight) * matmul.PANEL, np.float32))
     assert np.isposinf(out[5]).all()
     assert np.isnan(out[6]).all()
     assert (np.delete(out, [5, 6], axis=0) == 8).all()
