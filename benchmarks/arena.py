@@ -43,9 +43,9 @@ class Arena:
         """The saved model."""
         return self.get(save_model, size, dtype, self.root / f"{size}-{dtype}")
 
-    def native(self, size: str, dtype: Dtype, *, slots: int, max_length: int) -> Native:
+    def native(self, size: str, dtype: Dtype, *, slots: int, max_length: int, threads: int = 1) -> Native:
         """Our engine."""
-        return self.get(Native, self.folder(size, dtype), dtype, slots=slots, max_length=max_length)
+        return self.get(Native, self.folder(size, dtype), dtype, slots=slots, max_length=max_length, threads=threads)
 
     def generate(self, size: str, dtype: Dtype) -> Generate:
         """TRL's generation path."""

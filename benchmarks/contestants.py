@@ -14,10 +14,11 @@ from .workloads import Workload
 class Native:
     """The native engine; one request a group, so that a shared prompt is prefilled once."""
 
-    def __init__(self, folder: Path, dtype: Dtype, *, slots: int, max_length: int) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, *, slots: int, max_length: int, threads: int = 1) -> None:
         from raylign.rollout.native.engine import NativeEngine  # pyright: ignore[reportMissingImports]
 
-        self.engine = NativeEngine(folder, slots=slots, max_length=max_length, dtype=TORCH_NAMES[dtype])
+        names = TORCH_NAMES[dtype]
+        self.engine = NativeEngine(folder, slots=slots, max_length=max_length, dtype=names, threads=threads)
 
     def run(self, work: Workload, pair: int, adapters: Sequence[str | None] = ()) -> Measured:
         """Generate all requests; `adapters` is one digest or none a request."""
