@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from ...cluster.errors import InputError
 from .blocks import BLOCK
 from .cache import Batch, PagedCache
+from .experts import EngineExperts, replace_experts
 from .linear import EngineLinear, Shared
 from .llama import LlamaForward, fits
 from .lora import LoraBank
@@ -63,6 +64,7 @@ class Decoder:
         self.blocks_per_row = -(-self.max_length // BLOCK)
         self.blocks = rows * self.blocks_per_row
         self._layers: dict[str, EngineLinear] = {}
+        self._experts: list[EngineExperts] = []
         self._fast: LlamaForward | None = None
         self._released: dict[str, EngineLinear] = {}
         """By the name of their weight, layers that keep it in packed form alone."""
@@ -116,6 +118,8 @@ class Decoder:
                     self._parameters[name].copy_(_tensor(array))
             for name, layer in self._layers.items():
                 layer.take_bias() if f"{name}.weight" in self._released else layer.pack()
+            for experts in self._experts:
+                experts.pack()
 
     def _proven_cache(self) -> PagedCache:
         """Build the cache, put the engine's layers in, and prove on a few tokens that nothing but rounding changed."""
@@ -155,6 +159,7 @@ class Decoder:
     def _put_in_layers(self) -> None:
         """Replace linear layers and norms by the engine's; the head computes in float32, where bfloat16 would tie."""
         replace_norms(self.model)
+        self._experts = replace_experts(self.model, self._shared)
         head = self.model.get_output_embeddings()
         for name, module in list(self.model.named_modules()):
             if isinstance(module, Conv1D) or type(module) is nn.Linear:

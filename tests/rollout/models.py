@@ -29,6 +29,8 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", _SHAPE),
     "gemma3-sliding": ("Gemma3Text", _SHAPE | {"sliding_window": 6, "sliding_window_pattern": 2}),
     "phi3": ("Phi3", _SHAPE | {"sliding_window": None}),
+    "mixtral": ("Mixtral", _SHAPE | {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", _SHAPE | {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}),
     "gpt2": (
         "GPT2",
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}

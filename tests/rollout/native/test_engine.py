@@ -119,6 +119,17 @@ def test_tied_weights_need_one_name_and_the_head_follows_them(dtype: Any, tmp_pa
     assert bits(generate(engine, [request(1)])["r1"]) == bits(expected["r1"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_weights_reach_the_experts(dtype: Any, tmp_path: Path):
+    folder, other = (save_model(tmp_path / str(seed), "mixtral", seed=seed) for seed in (0, 9))
+    engine = NativeEngine(folder, slots=8, max_length=64, dtype=dtype)
+    before = bits(generate(engine, [request(1)])["r1"])
+    new = AutoModelForCausalLM.from_pretrained(other).state_dict()
+    engine.load_base({name: parameter.numpy() for name, parameter in new.items()})
+    expected = generate(NativeEngine(other, slots=8, max_length=64, dtype=dtype), [request(1)])
+    assert bits(generate(engine, [request(1)])["r1"]) == bits(expected["r1"]) != before
+
+
 def test_weights_that_diverged_end_their_own_requests_only(llama: Path, tmp_path: Path):
     tensors, config = make_adapter(llama, tmp_path / "a", 1)
     huge = {name: array * np.float32(1e30) for name, array in tensors.items()}

@@ -23,12 +23,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+EXPERTS = {"mixtral", "qwen3-moe"}
+
 Adapters = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 
 def model(folder: Path, architecture: str) -> tuple[Path, Adapters]:
     base = save_model(folder / "model", architecture)
-    return base, {f"adapter-{i}": make_adapter(base, folder / str(i), i, r=r) for i, r in enumerate((4, 4, 20))}
+    targets = ["q_proj", "v_proj"] if architecture in EXPERTS else "all-linear"  # PEFT's on experts are not plain LoRA
+    ranks = enumerate((4, 4, 20))
+    return base, {f"adapter-{i}": make_adapter(base, folder / str(i), i, r=r, targets=targets) for i, r in ranks}
 
 
 def engine(base: Path, adapters: Adapters, slots: int, dtype: Any) -> NativeEngine:
@@ -62,6 +66,8 @@ def mixed_requests(count: int, rng: random.Random) -> list[GenerationRequest]:
     [
         ("llama", "float32"),
         ("llama", "bfloat16"),
+        ("mixtral", "float32"),
+        ("qwen3-moe", "bfloat16"),
         ("qwen3", "float32"),
         ("gemma3-sliding", "bfloat16"),
         ("gpt2", "float32"),
