@@ -26,7 +26,7 @@ from ...rollout.pool import RolloutPool
 from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
 from ..schedule import prompts_of_step
-from ..stages import GrpoStage
+from ..stages import OnlineStage
 from .advantages import group_advantages
 from .batch import TrainSample
 from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
@@ -51,7 +51,7 @@ class OnlineLoop:
 
     def __init__(
         self,
-        stage: GrpoStage,
+        stage: OnlineStage,
         name: str,
         *,
         prompts: Sequence[Prompt],

@@ -11,7 +11,7 @@ import numpy as np
 from ...cluster.errors import RunFailed
 from ...cluster.weights import Tensors, WeightVersion, open_transport, version_digest
 from ..schedule import learning_rate
-from ..stages import GrpoStage
+from ..stages import OnlineStage
 from .batch import TrainSample, micro_batches
 
 
@@ -22,7 +22,7 @@ class PolicySpec:
     base: Path
     base_digest: str
     adapter: Path | None
-    stage: GrpoStage
+    stage: OnlineStage
     seed: int
     dtype: str
 

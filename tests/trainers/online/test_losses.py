@@ -161,9 +161,9 @@ def test_on_policy_all_objectives_have_the_policy_gradient(name: str) -> None:
 def test_every_loss_a_recipe_may_name_is_there() -> None:
     from typing import get_args
 
-    from raylign.trainers.stages import GrpoStage
+    from raylign.trainers.stages import OnlineStage
 
-    assert set(get_args(GrpoStage.model_fields["loss"].annotation)) == set(OBJECTIVES)
+    assert set(get_args(OnlineStage.model_fields["loss"].annotation)) == set(OBJECTIVES)
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)])

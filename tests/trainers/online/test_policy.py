@@ -11,7 +11,7 @@ from raylign.trainers.adapters import open_base
 from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.policy import Policy, PolicySpec
 from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import OnlineStage
 
 LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 """Tokens of prompt and completion of each sample."""
@@ -37,7 +37,7 @@ def policy(tiny_model: Path) -> Callable[..., Policy]:
     """Builds a policy; options are the stage's."""
 
     def build(**options: object) -> Policy:
-        stage = GrpoStage.model_validate(
+        stage = OnlineStage.model_validate(
             {
                 "adapter": {"r": 4},
                 "data": {"path": "none"},
