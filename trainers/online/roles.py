@@ -130,9 +130,11 @@ class Roles:
             ref = self._actors["reference"].logprobs.remote(samples)
             return calls.get(ref, actor="reference", what="log-probs", timeout=self._timeout, tick=tick)
 
-    def update(self, samples: Sequence[TrainSample], step: int, *, tick: Tick) -> dict[str, float]:
+    def update(
+        self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick
+    ) -> dict[str, float]:
         """One optimizer step; its metrics."""
-        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step)
+        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step, kl_coefficient)
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""

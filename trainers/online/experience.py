@@ -1,0 +1,109 @@
+"""From the scored groups of a step to the samples of its update: pure functions, in the order of the ledger.
+
+Shapes: N groups, G completions a group, T completion tokens (of the longest, where an array holds several).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ...rollout.records import Group, Sample
+from ..stages import Estimator, OnlineStage
+from . import advantages
+from .batch import TrainSample
+
+
+def has_variance(group: Group) -> bool:
+    """Whether the completions of a group were worth different rewards; one that could not be scored has none."""
+    return not group.error and len({s.reward for s in group.samples}) > 1
+
+
+def further_prompts(wanted: int, found: int, drawn: int, limit: int) -> int:
+    """How many prompts to draw so that `wanted` groups with variance come together, after `drawn` gave `found`.
+
+    As many as are missing, divided by the share that had variance so far; at most `wanted` at once and `limit` in all.
+    """
+    missing = max(0, wanted - found)
+    likely = math.ceil(missing * drawn / found) if found else wanted
+    return min(likely if missing else 0, wanted, limit - drawn)
+
+
+def shape_overlong(group: Group, max_tokens: int, buffer: int, penalty: float) -> Group:
+    """A group whose completions lose reward in the last `buffer` tokens before `max_tokens` (DAPO 2503.14476).
+
+    Linear from 0 at `max_tokens − buffer` to −penalty at `max_tokens`; a reward part of its own, `overlong`.
+    """
+    if group.error:
+        return group
+
+    def shaped(sample: Sample) -> Sample:
+        over = max(0, len(sample.tokens) - (max_tokens - buffer))
+        part = -penalty * over / buffer
+        parts = sample.reward_parts | {"overlong": part}
+        return replace(sample, reward=(sample.reward or 0.0) + part, reward_parts=parts)
+
+    return replace(group, samples=tuple(shaped(s) for s in group.samples))
+
+
+def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
+    """The i-th completion of a group as the policy and the reference take it."""
+    sample = group.samples[i]
+    return TrainSample(
+        prompt=group.prompt,
+        tokens=sample.tokens,
+        behaviour=sample.logprobs,
+        advantages=advantages_T,
+        reference=sample.reference,
+    )
+
+
+def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> list[TrainSample]:
+    """What the update trains on: the samples of groups without an error that teach anything.
+
+    A group whose advantages are all 0 is left out, and completions cut at `max_tokens` where the stage masks them.
+    """
+    sound = [g for g in groups if not g.error]
+    if not sound:
+        return []
+    rewards_NGT, mask_NGT = token_rewards(sound, stage, kl_coefficient)
+    raw = getattr(advantages, stage.advantage)(rewards_NGT)
+    pushes_NGT = np.broadcast_to(advantages.scaled(raw, mask_NGT, stage.advantage_scale), mask_NGT.shape)
+    return [
+        train_sample(group, i, pushes_GT[i, : len(sample.tokens)].astype(np.float32))
+        for group, pushes_GT in zip(sound, pushes_NGT, strict=True)
+        if pushes_GT.any()
+        for i, sample in enumerate(group.samples)
+        if not (stage.mask_truncated and sample.finish_reason == "length")
+    ]
+
+
+def token_rewards(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and mask, `[N, G, T]`: a completion's reward at its last token, less β · KL at every token.
+
+    The KL is taken off where the stage places it in the reward; its log-probs are the engine's, which drew the tokens.
+    """
+    longest = max(len(s.tokens) for g in groups for s in g.samples)
+    rewards_NGT = np.zeros((len(groups), len(groups[0].samples), longest))
+    mask_NGT = np.zeros_like(rewards_NGT)
+    for n, group in enumerate(groups):
+        for i, sample in enumerate(group.samples):
+            mask_NGT[n, i, : len(sample.tokens)] = 1
+            rewards_NGT[n, i, len(sample.tokens) - 1] = sample.reward
+            if stage.kl and stage.kl.place == "reward":
+                penalty_T = _kl(sample, stage.kl.estimator)
+                rewards_NGT[n, i, : len(sample.tokens)] -= kl_coefficient * penalty_T
+    return rewards_NGT, mask_NGT
+
+
+def _kl(sample: Sample, estimator: Estimator) -> np.ndarray:
+    """Per-token estimates `[T]` of the KL to the reference. Raises `ValueError` where there is none."""
+    import torch
+
+    from .losses import kl_penalty
+
+    if sample.reference is None:
+        raise ValueError("the reward has a KL term, but a sample has no log-probs of the reference")
+    behaviour, reference = torch.tensor(sample.logprobs).double(), torch.tensor(sample.reference).double()
+    return kl_penalty(behaviour, reference, estimator).numpy()
