@@ -27,7 +27,7 @@ def further_prompts(wanted: int, found: int, drawn: int, limit: int) -> int:
     """
     missing = max(0, wanted - found)
     likely = math.ceil(missing * drawn / found) if found else wanted
-    return min(likely if missing else 0, wanted, limit - drawn)
+    return min(likely, wanted, limit - drawn)
 
 
 def shape_overlong(group: Group, max_tokens: int, buffer: int, penalty: float) -> Group:

@@ -123,7 +123,8 @@ class OnlineLoop:
         self._phases = {}
         drawn = self._fill(step)
         groups = self._reference(self._chosen(drawn))
-        learned = self._update(self._advantage(groups), step)
+        samples = self._advantage(groups)
+        learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ledger.trained()
         self._record(step, drawn, groups, learned)
@@ -134,11 +135,11 @@ class OnlineLoop:
         stage, weights = self._stage, self._weights.current
         self._ledger = Ledger(step, 0, weights.version, weights.digest)
         count = wanted = stage.prompts_per_step
+        limit = wanted * (stage.dynamic_sampling.limit if stage.dynamic_sampling else 1)
         while count:
             self._score(self._sample(step, count))
             drawn = self._ledger.batch()
             found = sum(map(has_variance, drawn))
-            limit = wanted * stage.dynamic_sampling.limit if stage.dynamic_sampling else 0
             count = further_prompts(wanted, found, len(drawn), limit)
         return self._ledger.batch()
 
