@@ -1,41 +1,83 @@
 """Advantages: from the rewards of a step to what each token's log-prob is pushed by.
 
-Shapes: N groups, G completions a group, T token positions, the longest completion's. `rewards_NGT` are 0 beyond a
-completion's end; a reward of the whole completion stands at its last token. An advantage is a function of them that
-gives `[N, G, 1]`, the same for all tokens of a completion, or `[N, G, T]`.
+Shapes: N groups, G completions a group, T token positions, the longest completion's. An advantage is a function of
+`Rewards` that gives `[N, G, 1]`, the same for all tokens of a completion, or `[N, G, T]`; NaN leaves a completion out
+of the update.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from ..stages import Scale
 
-Advantage = Callable[[np.ndarray], np.ndarray]
+
+class Rewards(NamedTuple):
+    """What the completions of a step were worth."""
+
+    task_NG: np.ndarray
+    """The reward of each completion."""
+    kl_NGT: np.ndarray
+    """Estimates of the KL to the reference at each token, where it is taken off the reward; else 0, as beyond the end
+    of a completion."""
+    mask_NGT: np.ndarray
+    """1 where a completion has a token."""
+    kl_coefficient: float
+
+    @property
+    def total_NG(self) -> np.ndarray:
+        """The reward of each completion less β times its KL."""
+        return self.task_NG - self.kl_coefficient * self.kl_NGT.sum(axis=2)
 
 
-def group_mean(rewards_NGT: np.ndarray) -> np.ndarray:
+Advantage = Callable[[Rewards], np.ndarray]
+
+
+def group_mean(rewards: Rewards) -> np.ndarray:
     """A completion's reward minus its group's mean (GRPO 2402.03300), `[N, G, 1]`.
 
     A group whose rewards are all equal teaches nothing: its advantages are exactly 0.
     """
-    rewards_NG1 = rewards_NGT.sum(axis=2, keepdims=True)
-    varies_N11 = np.ptp(rewards_NG1, axis=1, keepdims=True) > 0
-    return np.where(varies_N11, rewards_NG1 - rewards_NG1.mean(axis=1, keepdims=True), 0.0)
+    total_NG = rewards.total_NG
+    varies_N1 = np.ptp(total_NG, axis=1, keepdims=True) > 0
+    return np.where(varies_N1, total_NG - total_NG.mean(axis=1, keepdims=True), 0.0)[:, :, None]
 
 
-def leave_one_out(rewards_NGT: np.ndarray) -> np.ndarray:
+def leave_one_out(rewards: Rewards) -> np.ndarray:
     """A completion's reward minus the mean of the others of its group (RLOO 2402.14740), `[N, G, 1]`.
 
     That is G / (G − 1) times its distance to the group's mean.
     """
-    size = rewards_NGT.shape[1]
-    return group_mean(rewards_NGT) * (size / (size - 1))
+    size = rewards.task_NG.shape[1]
+    return group_mean(rewards) * (size / (size - 1))
 
 
-def returns(rewards_NGT: np.ndarray) -> np.ndarray:
-    """The sum of a token's reward and all after it, `[N, G, T]`: no baseline of the group (REINFORCE++ 2501.03262)."""
-    return rewards_NGT[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
+def returns(rewards: Rewards) -> np.ndarray:
+    """The reward less β times the KL of a token and all after it, `[N, G, T]` (REINFORCE++ 2501.03262).
+
+    No baseline is taken off.
+    """
+    to_come_NGT = rewards.kl_NGT[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
+    return (rewards.task_NG[:, :, None] - rewards.kl_coefficient * to_come_NGT) * rewards.mask_NGT
+
+
+def preference(rewards: Rewards) -> np.ndarray:
+    """Online DPO (2402.04792, with the loss of 2305.18290) on the best and the worst of each group, `[N, G, 1]`.
+
+    With Δ the difference of their Σ log π − log π_ref, which `kl_NGT` holds as k1, the gradient of −log σ(β Δ) is that
+    of −β σ(−β Δ) (log π(best) − log π(worst)). So β σ(−β Δ) is the advantage of the one, its negative of the other;
+    twice that, since a mean over completions counts a pair twice. The rest of a group is left out. A group whose
+    rewards are all equal has no pair: its advantages are 0.
+    """
+    task_NG, beta = rewards.task_NG, rewards.kl_coefficient
+    rows, best_N, worst_N = np.arange(len(task_NG)), task_NG.argmax(axis=1), task_NG.argmin(axis=1)
+    ratio_NG = rewards.kl_NGT.sum(axis=2)
+    push_N = 2 * beta / (1 + np.exp(beta * (ratio_NG[rows, best_N] - ratio_NG[rows, worst_N])))
+    pushes_NG = np.full(task_NG.shape, np.nan)
+    pushes_NG[rows, best_N], pushes_NG[rows, worst_N] = push_N, -push_N
+    pushes_NG[best_N == worst_N] = 0.0
+    return pushes_NG[:, :, None]
 
 
 def scaled(advantages_NGt: np.ndarray, mask_NGT: np.ndarray, scale: Scale) -> np.ndarray:

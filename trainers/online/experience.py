@@ -12,6 +12,7 @@ import numpy as np
 from ...rollout.records import Group, Sample
 from ..stages import Estimator, OnlineStage
 from . import advantages
+from .advantages import Rewards
 from .batch import TrainSample
 
 
@@ -48,13 +49,13 @@ def shape_overlong(group: Group, max_tokens: int, buffer: int, penalty: float) -
 
 
 def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
-    """The i-th completion of a group as the policy and the reference take it."""
+    """The i-th completion of a group as the policy and the reference take it; advantages `[T]`."""
     sample = group.samples[i]
     return TrainSample(
         prompt=group.prompt,
         tokens=sample.tokens,
         behaviour=sample.logprobs,
-        advantages=advantages_T,
+        advantages=advantages_T.astype(np.float32),
         reference=sample.reference,
     )
 
@@ -62,39 +63,38 @@ def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
 def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> list[TrainSample]:
     """What the update trains on: the samples of groups without an error that teach anything.
 
-    A group whose advantages are all 0 is left out, and completions cut at `max_tokens` where the stage masks them.
+    A group whose advantages are all 0 is left out, and so are completions that the advantage leaves out, and those cut
+    at `max_tokens` where the stage masks them.
     """
     sound = [g for g in groups if not g.error]
     if not sound:
         return []
-    rewards_NGT, mask_NGT = token_rewards(sound, stage, kl_coefficient)
-    raw = getattr(advantages, stage.advantage)(rewards_NGT)
-    pushes_NGT = np.broadcast_to(advantages.scaled(raw, mask_NGT, stage.advantage_scale), mask_NGT.shape)
+    rewards = rewards_of(sound, stage, kl_coefficient)
+    raw = getattr(advantages, stage.advantage)(rewards)
+    pushes_NGT = advantages.scaled(raw, rewards.mask_NGT, stage.advantage_scale)
     return [
-        train_sample(group, i, pushes_GT[i, : len(sample.tokens)].astype(np.float32))
+        train_sample(group, i, np.broadcast_to(pushes_GT[i], rewards.mask_NGT.shape[2])[: len(sample.tokens)])
         for group, pushes_GT in zip(sound, pushes_NGT, strict=True)
         if pushes_GT.any()
         for i, sample in enumerate(group.samples)
-        if not (stage.mask_truncated and sample.finish_reason == "length")
+        if not np.isnan(pushes_GT[i]).any() and not (stage.mask_truncated and sample.finish_reason == "length")
     ]
 
 
-def token_rewards(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and mask, `[N, G, T]`: a completion's reward at its last token, less β · KL at every token.
+def rewards_of(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> Rewards:
+    """What the groups' completions were worth, and their KL where the stage takes it off the reward.
 
-    The KL is taken off where the stage places it in the reward; its log-probs are the engine's, which drew the tokens.
+    Its log-probs are the engine's, which drew the tokens.
     """
-    longest = max(len(s.tokens) for g in groups for s in g.samples)
-    rewards_NGT = np.zeros((len(groups), len(groups[0].samples), longest))
-    mask_NGT = np.zeros_like(rewards_NGT)
+    size, longest = len(groups[0].samples), max(len(s.tokens) for g in groups for s in g.samples)
+    task_NG = np.array([[s.reward for s in g.samples] for g in groups], np.float64)
+    kl_NGT, mask_NGT = np.zeros((2, len(groups), size, longest))
     for n, group in enumerate(groups):
         for i, sample in enumerate(group.samples):
             mask_NGT[n, i, : len(sample.tokens)] = 1
-            rewards_NGT[n, i, len(sample.tokens) - 1] = sample.reward
             if stage.kl and stage.kl.place == "reward":
-                penalty_T = _kl(sample, stage.kl.estimator)
-                rewards_NGT[n, i, : len(sample.tokens)] -= kl_coefficient * penalty_T
-    return rewards_NGT, mask_NGT
+                kl_NGT[n, i, : len(sample.tokens)] = _kl(sample, stage.kl.estimator)
+    return Rewards(task_NG, kl_NGT, mask_NGT, kl_coefficient)
 
 
 def _kl(sample: Sample, estimator: Estimator) -> np.ndarray:

@@ -59,6 +59,20 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reinforce_pp_baseline": Algorithm(
         "group_mean", "clipped", {"advantage_scale": "tokens", **_PPO_CLIP, "kl.estimator": "k2"}
     ),
+    # 2402.04792: the KL's coefficient is DPO's beta
+    "online_dpo": Algorithm(
+        "preference",
+        "clipped",
+        {
+            "advantage_scale": "none",
+            "ratio": "product",
+            "aggregation": "sequence",
+            "mismatch": None,
+            "kl": {},
+            "kl.coefficient": 0.1,
+            **_KL_IN_REWARD,
+        },
+    ),
 }
 
 if TYPE_CHECKING:

@@ -111,8 +111,8 @@ class OnlineStage(StageBase):
     rewards: list[RewardConfig] = Field(min_length=1)
     scoring: ScoringConfig = ScoringConfig()
     advantage: AdvantageName = "group_mean"
-    """Reward − its group's mean, reward − the mean of the others of its group (RLOO), or the returns of each token as
-    they are (REINFORCE++)."""
+    """Reward − its group's mean, reward − the mean of the others of its group (RLOO), the returns of each token as they
+    are (REINFORCE++), or what DPO's loss makes of the best and the worst of the group."""
     advantage_scale: Scale = "batch"
     """What divides it: nothing (Dr.GRPO), the batch's std (LitePPO), the group's (GRPO); `tokens` takes off the mean
     over all tokens of the batch and divides by their std (REINFORCE++)."""
@@ -166,6 +166,23 @@ class OnlineStage(StageBase):
             raise ValueError(
                 f"advantage_scale {self.advantage_scale} is the spread about groups' means, and advantage returns "
                 "takes none off: take tokens or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preference_has_a_reference(self) -> "OnlineStage":
+        if self.advantage != "preference":
+            return self
+        if self.kl is None or (self.kl.place, self.kl.estimator) != ("reward", "k1"):
+            given = f"{self.kl.estimator} in the {self.kl.place}" if self.kl else "null"
+            raise ValueError(
+                f"kl {given}: advantage preference compares log-ratios to the reference, with the coefficient as DPO's "
+                "beta; take kl: {place: reward, estimator: k1}"
+            )
+        if self.advantage_scale != "none":
+            raise ValueError(
+                f"advantage_scale {self.advantage_scale}: DPO's gradient is not scaled by what others of the batch "
+                "have; take none"
             )
         return self
 

@@ -1,22 +1,38 @@
 """Advantages by hand, against the peers' formulas, and their invariances."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
-from raylign.trainers.online.advantages import Advantage, group_mean, leave_one_out, returns, scaled
+from raylign.trainers.online.advantages import (
+    Advantage,
+    Rewards,
+    group_mean,
+    leave_one_out,
+    preference,
+    returns,
+    scaled,
+)
 
 RANDOM = np.random.default_rng(0)
 
 
-def whole(rewards: Any) -> np.ndarray:
-    """One reward a completion, as rewards of a single token `[N, G, 1]`."""
-    return np.asarray(rewards, np.float64)[:, :, None]
+def whole(rewards: Any) -> Rewards:
+    """Completions of one token each, without a KL."""
+    task = np.asarray(rewards, np.float64)
+    return Rewards(task, np.zeros((*task.shape, 1)), np.ones((*task.shape, 1)), 0.0)
+
+
+def random(coefficient: float = 0.2) -> Rewards:
+    """Three groups of four completions with 1 to 6 tokens and a KL."""
+    mask = (np.arange(6) < RANDOM.integers(1, 7, size=(3, 4))[:, :, None]).astype(float)
+    return Rewards(RANDOM.normal(size=(3, 4)), RANDOM.normal(size=mask.shape) * mask, mask, coefficient)
 
 
 def of(advantage: Advantage, rewards: Any, scale: Any) -> list[list[float]]:
     given = whole(rewards)
-    return scaled(advantage(given), np.ones_like(given), scale)[:, :, 0].tolist()
+    return scaled(advantage(given), given.mask_NGT, scale)[:, :, 0].tolist()
 
 
 def test_without_scale_it_is_the_distance_to_the_group_mean() -> None:
@@ -51,34 +67,45 @@ def test_batch_scale_leaves_groups_without_variance_out_of_the_std() -> None:
 
 
 def test_returns_are_what_is_still_to_come() -> None:
-    rewards = np.array([[[-0.1, -0.2, 1.0], [0.5, 0.0, 0.0]]])
-    assert np.allclose(returns(rewards), [[[0.7, 0.8, 1.0], [0.5, 0.0, 0.0]]])
+    kl, mask = np.array([[[0.5, 1.0, 1.0], [2.0, 0, 0]]]), np.array([[[1, 1, 1], [1, 0, 0]]])
+    got = returns(Rewards(np.array([[1.0, 0.5]]), kl, mask, 0.1))
+    assert np.allclose(got, [[[0.75, 0.8, 0.9], [0.3, 0, 0]]])
 
 
-def test_rewards_of_tokens_count_as_their_sum_where_the_group_is_the_baseline() -> None:
-    tokens = RANDOM.normal(size=(3, 4, 6))
-    sums = tokens.sum(axis=2, keepdims=True)
+def test_a_completions_kl_counts_as_its_sum_where_the_group_is_the_baseline() -> None:
+    given = random()
+    totals = given.task_NG - 0.2 * given.kl_NGT.sum(axis=2)  # as TRL's RLOO has it
     for advantage in (group_mean, leave_one_out):
-        assert np.allclose(advantage(tokens), advantage(sums))
+        assert np.allclose(advantage(given)[:, :, 0], of(advantage, totals, "none"))
+
+
+def test_preference_by_hand() -> None:
+    # log-ratios 1 + 2 of the best, 0.5 of the worst: 2 β σ(−β · 2.5)
+    kl = np.array([[[1.0, 2.0], [0.5, 0.0], [9.0, 9.0]], [[1.0, 0.0]] * 3])
+    got = preference(Rewards(np.array([[4.0, 1.0, 2.0], [1.0] * 3]), kl, np.ones_like(kl), 0.1))[:, :, 0]
+    push = 0.2 / (1 + math.exp(0.25))
+    assert got[0, :2].tolist() == pytest.approx([push, -push])
+    assert np.isnan(got[0, 2])
+    assert got[1].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("baseline", [False, True])
 def test_token_scale_is_that_of_reinforce_plus_plus(baseline: bool) -> None:
     """By loops, as its reference code has it (γ = 1): returns or rewards less their group's mean, whitened by token."""
-    lengths = RANDOM.integers(1, 7, size=(3, 4))
-    mask = (np.arange(6) < lengths[:, :, None]).astype(float)
-    rewards = RANDOM.normal(size=mask.shape) * mask
-    raw = np.zeros_like(mask)
+    given = random()
+    mask, raw = given.mask_NGT, np.zeros_like(given.mask_NGT)
     for n, g in np.ndindex(3, 4):
-        for t in range(lengths[n, g]):
-            raw[n, g, t] = sum(rewards[n, g, t:])
+        for t in range(int(mask[n, g].sum())):
+            raw[n, g, t] = given.task_NG[n, g] - 0.2 * sum(given.kl_NGT[n, g, t:])
             if baseline:
-                raw[n, g, t] = sum(rewards[n, g]) - sum(sum(rewards[n, other]) for other in range(4)) / 4
+                totals = [given.task_NG[n, o] - 0.2 * sum(given.kl_NGT[n, o]) for o in range(4)]
+                raw[n, g, t] = totals[g] - sum(totals) / 4
     count = mask.sum()
     mean = (raw * mask).sum() / count
     variance = ((raw - mean) ** 2 * mask).sum() / count * count / (count - 1)
     expected = (raw - mean) / (variance + 1e-8) ** 0.5 * mask
-    assert np.allclose(scaled((group_mean if baseline else returns)(rewards), mask, "tokens"), expected, atol=1e-6)
+    got = scaled((group_mean if baseline else returns)(given), mask, "tokens")
+    assert np.allclose(got, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("advantage", [group_mean, leave_one_out])

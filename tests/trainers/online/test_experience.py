@@ -8,8 +8,8 @@ from raylign.rollout.records import Group, Sample
 from raylign.trainers.online.experience import (
     further_prompts,
     has_variance,
+    rewards_of,
     shape_overlong,
-    token_rewards,
     train_samples,
 )
 from raylign.trainers.stages import OnlineStage
@@ -66,12 +66,22 @@ def test_truncated_completions_can_be_masked_and_count_in_the_mean() -> None:
 
 def test_a_kl_in_the_reward_is_taken_off_every_token() -> None:
     kl = {"coefficient": 0.1, "place": "reward", "estimator": "k1"}
-    rewards, mask = token_rewards([group([1.0, 3.0], [3, 1])], stage(kl=kl), 0.2)
-    # β · (log π − log π_ref) = 0.2 · 0.5
-    assert np.allclose(rewards, [[[-0.1, -0.1, 0.9], [2.9, 0, 0]]])
-    assert mask.tolist() == [[[1, 1, 1], [1, 0, 0]]]
-    in_loss, _ = token_rewards([group([1.0, 3.0], [3, 1])], stage(kl={"coefficient": 0.1}), 0.2)
-    assert in_loss.tolist() == [[[0, 0, 1], [3, 0, 0]]]
+    rewards = rewards_of([group([1.0, 3.0], [3, 1])], stage(kl=kl), 0.2)
+    assert np.allclose(rewards.kl_NGT, [[[0.5, 0.5, 0.5], [0.5, 0, 0]]])  # log π − log π_ref
+    assert rewards.mask_NGT.tolist() == [[[1, 1, 1], [1, 0, 0]]]
+    assert np.allclose(rewards.total_NG, [[0.7, 2.9]])
+    in_loss = rewards_of([group([1.0, 3.0], [3, 1])], stage(kl={"coefficient": 0.1}), 0.2)
+    assert in_loss.total_NG.tolist() == [[1, 3]]
+
+
+def test_online_dpo_trains_on_the_best_and_the_worst() -> None:
+    given = [group([1.0, 3.0, 0.0, 2.0], [1, 2, 4, 1]), group([1.0] * 4)]
+    samples = train_samples(given, stage(type="online_dpo"), 0.1)
+    assert [len(s.tokens) for s in samples] == [2, 4]
+    # log-ratios 2 · 0.5 and 4 · 0.5: 2 β σ(−β (1 − 2)), β = 0.1
+    push = 0.2 / (1 + np.exp(-0.1))
+    assert np.allclose(samples[0].advantages, push)
+    assert np.allclose(samples[1].advantages, -push)
 
 
 def test_reinforce_pp_gives_each_token_its_return() -> None:
@@ -89,7 +99,7 @@ def test_a_kl_without_a_reference_is_an_error() -> None:
     )
     without = Group(step=0, index=0, prompt=bare.prompt, row={}, samples=samples)
     with pytest.raises(ValueError, match="no log-probs of the reference"):
-        token_rewards([without], stage(kl={"place": "reward"}), 0.1)
+        rewards_of([without], stage(kl={"place": "reward"}), 0.1)
 
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 0.0), (6, 0.0), (7, -0.125), (8, -0.25), (10, -0.5)])

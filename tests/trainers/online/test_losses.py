@@ -66,7 +66,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 def test_on_policy_the_gradient_is_the_policy_gradient(name: str) -> None:
     t = tokens()
     t = t._replace(old_BT=t.logprobs_BT.detach(), behaviour_BT=t.logprobs_BT.detach())
-    settings = of_algorithm(name, kl=None)
+    settings = of_algorithm(name)._replace(kl=None)
     policy_loss(t, totals(), settings)[0].backward()
     shares = token_shares(t.mask_BT, settings.aggregation, totals())
     if settings.ratio == "product":  # a completion's ratio is the product of its tokens'

@@ -19,7 +19,7 @@ def stage(**fields: Any) -> OnlineStage:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_names_functions_that_exist(name: str) -> None:
     made = stage(type=name)
-    assert list(inspect.signature(getattr(advantages, made.advantage)).parameters) == ["rewards_NGT"]
+    assert list(inspect.signature(getattr(advantages, made.advantage)).parameters) == ["rewards"]
     assert len(inspect.signature(getattr(objectives, made.loss)).parameters) == 4
 
 
@@ -34,6 +34,7 @@ def test_every_algorithm_names_functions_that_exist(name: str) -> None:
         ("rloo", "leave_one_out", "none", "product", "sequence", (0.2, 0.2, None)),
         ("reinforce_pp", "returns", "tokens", "token", "token", (0.2, 0.2, None)),
         ("reinforce_pp_baseline", "group_mean", "tokens", "token", "token", (0.2, 0.2, None)),
+        ("online_dpo", "preference", "none", "product", "sequence", (0.2, 0.28, 3.0)),
     ],
 )
 def test_presets(
@@ -48,7 +49,7 @@ def test_presets(
     )
     assert (made.clip.low, made.clip.high, made.clip.dual) == clip
     assert made.loss == ("cispo" if name == "cispo" else "clipped")
-    assert made.kl is None  # off unless the recipe has it
+    assert bool(made.kl) == (name == "online_dpo")  # else off unless the recipe has it
     assert bool(made.dynamic_sampling) == bool(made.overlong) == (name == "dapo")
 
 
@@ -56,6 +57,8 @@ def test_a_preset_reaches_into_a_block_that_the_recipe_opens() -> None:
     assert (stage(type="rloo", kl={}).kl.place, stage(type="rloo", kl={}).kl.estimator) == ("reward", "k1")
     assert stage(type="rloo", kl={"place": "loss", "estimator": "k3"}).kl.place == "loss"
     assert stage(type="grpo", kl={}).kl.place == "loss"
+    assert stage(type="online_dpo").kl.coefficient == 0.1
+    assert stage(type="online_dpo", kl={"coefficient": 0.3}).kl.place == "reward"
     assert stage(type="reinforce_pp_baseline", kl={"coefficient": 0.1}).kl.estimator == "k2"
 
 
@@ -80,6 +83,9 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"mismatch": {"high": 0.5}}, "bounds None to 0.5 leave out the ratio 1"),
         ({"mismatch": {"low": 1.5, "high": 3}}, "bounds 1.5 to 3 leave out the ratio 1"),
         ({"dynamic_sampling": {"limit": 1}}, "greater than or equal to 2"),
+        ({"type": "online_dpo", "kl": None}, "kl null: advantage preference compares log-ratios to the reference"),
+        ({"type": "online_dpo", "kl": {"estimator": "k3"}}, "kl k3 in the reward: advantage preference compares"),
+        ({"type": "online_dpo", "advantage_scale": "group"}, "DPO's gradient is not scaled by what others of the"),
         ({"loss": "ppo"}, "'clipped' or 'cispo'"),
     ],
 )
