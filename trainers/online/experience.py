@@ -31,21 +31,29 @@ def further_prompts(wanted: int, found: int, drawn: int, limit: int) -> int:
     return min(likely, wanted, limit - drawn)
 
 
-def shape_overlong(group: Group, max_tokens: int, buffer: int, penalty: float) -> Group:
-    """A group whose completions lose reward in the last `buffer` tokens before `max_tokens` (DAPO 2503.14476).
+def chosen(drawn: Sequence[Group], stage: OnlineStage) -> list[Group]:
+    """The groups that an update may learn from: all, or with dynamic sampling the first that have variance."""
+    if not stage.dynamic_sampling:
+        return list(drawn)
+    return [g for g in drawn if has_variance(g)][: stage.prompts_per_step]
 
-    Linear from 0 at `max_tokens − buffer` to −penalty at `max_tokens`; a reward part of its own, `overlong`.
+
+def shaped(groups: Sequence[Group], stage: OnlineStage) -> list[Group]:
+    """Groups whose long completions lose reward, where the stage asks for it (DAPO 2503.14476, section 3.4).
+
+    Linear in the last tokens of the buffer, from 0 to −penalty at `max_tokens`; a reward part of its own, `overlong`.
     """
-    if group.error:
-        return group
+    if not stage.overlong:
+        return list(groups)
+    buffer, penalty = stage.overlong_buffer, stage.overlong.penalty
+    free = stage.rollout.sampling.max_tokens - buffer
 
-    def shaped(sample: Sample) -> Sample:
-        over = max(0, len(sample.tokens) - (max_tokens - buffer))
-        part = -penalty * over / buffer
+    def punished(sample: Sample) -> Sample:
+        part = -penalty * max(0, len(sample.tokens) - free) / buffer
         parts = sample.reward_parts | {"overlong": part}
         return replace(sample, reward=(sample.reward or 0.0) + part, reward_parts=parts)
 
-    return replace(group, samples=tuple(shaped(s) for s in group.samples))
+    return [g if g.error else replace(g, samples=tuple(map(punished, g.samples))) for g in groups]
 
 
 def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:

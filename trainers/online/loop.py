@@ -29,7 +29,7 @@ from ..schedule import rows_drawn
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
-from .experience import further_prompts, has_variance, shape_overlong, train_sample, train_samples
+from .experience import chosen, further_prompts, has_variance, shaped, train_sample, train_samples
 from .metrics import kl_metrics, rollout_metrics, spans_by_worker
 from .progress import Progress
 from .roles import Roles
@@ -122,7 +122,7 @@ class OnlineLoop:
     def _train_step(self, step: int) -> None:
         self._phases = {}
         drawn = self._fill(step)
-        groups = self._reference(self._chosen(drawn))
+        groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
         samples = self._advantage(groups)
         learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
@@ -166,18 +166,6 @@ class OnlineLoop:
                 self._ledger.scored(group)
                 self._tick()
 
-    def _chosen(self, drawn: list[Group]) -> list[Group]:
-        """The groups that the update may learn from: all, or the first with variance; their rewards shaped."""
-        if self._stage.dynamic_sampling:
-            drawn = [g for g in drawn if has_variance(g)][: self._stage.prompts_per_step]
-        return self._shaped(drawn)
-
-    def _shaped(self, groups: list[Group]) -> list[Group]:
-        overlong, longest = self._stage.overlong, self._stage.rollout.sampling.max_tokens
-        if not overlong:
-            return groups
-        return [shape_overlong(g, longest, self._stage.overlong_buffer, overlong.penalty) for g in groups]
-
     def _reference(self, groups: list[Group]) -> list[Group]:
         """The groups with the reference's log-probs of every sample, where there is a reference."""
         if not self._stage.kl:
@@ -207,8 +195,8 @@ class OnlineLoop:
 
     def _record(self, step: int, drawn: list[Group], groups: list[Group], learned: dict[str, float]) -> None:
         seconds = sum(self._phases.values())
-        shaped = self._shaped(drawn)
-        sound = [g for g in shaped if not g.error]
+        scored = shaped(drawn, self._stage)
+        sound = [g for g in scored if not g.error]
         metrics = (rollout_metrics(sound) if sound else {}) | self._roles.scoring_troubles()
         metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
         metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in drawn))
@@ -222,7 +210,7 @@ class OnlineLoop:
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self.last_metrics = metrics
         self._run.metrics(self._name, step, metrics)
-        self._roles.write_samples(step, shaped)
+        self._roles.write_samples(step, scored)
         self._say(step + 1)
         self._on_metrics(step, metrics)
 

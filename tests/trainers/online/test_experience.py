@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from raylign.rollout.records import Group, Sample
 from raylign.trainers.online.experience import (
+    chosen,
     further_prompts,
     has_variance,
     rewards_of,
-    shape_overlong,
+    shaped,
     train_samples,
 )
 from raylign.trainers.stages import OnlineStage
@@ -104,14 +105,27 @@ def test_a_kl_without_a_reference_is_an_error() -> None:
 
 @pytest.mark.parametrize(("length", "expected"), [(1, 0.0), (6, 0.0), (7, -0.125), (8, -0.25), (10, -0.5)])
 def test_overlong_completions_lose_reward_bit_by_bit(length: int, expected: float) -> None:
-    shaped = shape_overlong(group([3.0], [length]), max_tokens=10, buffer=4, penalty=0.5).samples[0]
-    assert shaped.reward == 3.0 + expected
-    assert shaped.reward_parts == {"task": 3.0, "overlong": expected}
-
-
-def test_a_group_without_rewards_is_not_shaped() -> None:
+    asked = stage(overlong={"buffer": 4, "penalty": 0.5}, rollout={"sampling": {"max_tokens": 10}})
     failed = group([0.0], [10], error="the reward raised")
-    assert shape_overlong(failed, 10, 4, 1.0) is failed
+    (got, untouched) = shaped([group([3.0], [length]), failed], asked)
+    assert got.samples[0].reward == 3.0 + expected
+    assert got.samples[0].reward_parts == {"task": 3.0, "overlong": expected}
+    assert untouched is failed
+
+
+def test_the_buffer_is_a_fifth_of_the_length_and_off_by_default() -> None:
+    asked = stage(overlong={}, rollout={"sampling": {"max_tokens": 20}})
+    assert [s.reward for s in shaped([group([1.0] * 3, [16, 17, 20])], asked)[0].samples] == [1.0, 0.75, 0.0]
+    given = [group([1.0], [256])]
+    assert shaped(given, stage()) == given
+
+
+def test_dynamic_sampling_takes_the_first_with_variance() -> None:
+    flat, broken, good = group([1.0, 1.0]), group([1.0, 0.0], error="x"), group([1.0, 0.0])
+    drawn = [flat, good, broken, good, flat, good]
+    asked = stage(dynamic_sampling={}, batch_size=4, rollout={"group_size": 2})
+    assert [id(g) for g in chosen(drawn, asked)] == [id(good)] * 2
+    assert len(chosen(drawn, stage(batch_size=4, rollout={"group_size": 2}))) == 6
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from raylign.trainers.adapters import open_base
 from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.policy import Policy, PolicySpec
 from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
-from raylign.trainers.stages import OnlineStage
+from raylign.trainers.stages import ALGORITHMS, OnlineStage
 
 LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 """Tokens of prompt and completion of each sample."""
@@ -100,12 +100,14 @@ def test_samples_with_and_without_a_reference_do_not_mix(samples: list[TrainSamp
         align([*samples, bare], "cpu")
 
 
-def test_an_update_does_not_depend_on_the_micro_batches(
-    policy: Callable[..., Policy], samples: list[TrainSample]
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_update_does_not_depend_on_micro_batches_and_order(
+    algorithm: str, policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:
     norms, losses = [], []
-    for tokens in (1, 12, 10_000):
-        metrics = policy(micro_batch_tokens=tokens).update(samples, 0, 0.1)
+    for tokens, order in ((1, 1), (12, -1), (10_000, 1)):
+        made = policy(type=algorithm, micro_batch_tokens=tokens, entropy_bonus=0.1)
+        metrics = made.update(samples[::order], 0, 0.1)
         norms.append(metrics["grad_norm"])
         losses.append(metrics["loss"])
         assert metrics["updated"] == 1.0
