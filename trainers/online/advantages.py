@@ -33,6 +33,9 @@ class Rewards(NamedTuple):
 
 Advantage = Callable[[Rewards], np.ndarray]
 
+LEAST_STD = 1e-4
+"""What a smaller standard deviation counts as, so that the rounding of a KL does not become a signal; TRL adds it."""
+
 
 def group_mean(rewards: Rewards) -> np.ndarray:
     """A completion's reward minus its group's mean (GRPO 2402.03300), `[N, G, 1]`.
@@ -80,8 +83,33 @@ def preference(rewards: Rewards) -> np.ndarray:
     return pushes_NG[:, :, None]
 
 
+def gae(
+    rewards_BT: np.ndarray,
+    values_BT: np.ndarray,
+    mask_BT: np.ndarray,
+    bootstrap_B: np.ndarray,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation (1506.02438): advantages, and returns that a critic learns; `[B, T]`.
+
+    A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; returns are A + V. `bootstrap_B` is the value after the
+    last token: 0 where a completion ended, the critic's where it was cut. What stands beyond the end has no effect.
+    """
+    advantages_BT = np.zeros(values_BT.shape)
+    next_value_B, next_advantage_B = np.asarray(bootstrap_B, np.float64), np.zeros(len(values_BT))
+    for t in reversed(range(values_BT.shape[1])):
+        on_B = mask_BT[:, t] > 0
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        next_advantage_B = np.where(on_B, delta_B + gamma * lam * next_advantage_B, 0.0)
+        next_value_B = np.where(on_B, values_BT[:, t], next_value_B)
+        advantages_BT[:, t] = next_advantage_B
+    return advantages_BT, np.where(mask_BT > 0, advantages_BT + values_BT, 0.0)
+
+
 def scaled(advantages_NGt: np.ndarray, mask_NGT: np.ndarray, scale: Scale) -> np.ndarray:
-    """Advantages `[N, G, 1 or T]` divided by a standard deviation (n − 1); 0 stays 0 where nothing varies.
+    """Advantages `[N, G, 1 or T]` divided by a standard deviation (n − 1), or by `LEAST_STD` where it is below that.
 
     `none` divides by nothing (Dr.GRPO 2503.20783), `batch` by the std about 0 over the groups that vary (LitePPO
     2508.08221, of centred rewards, so that the spread between prompts does not count), `group` by each group's own
@@ -95,17 +123,13 @@ def scaled(advantages_NGt: np.ndarray, mask_NGT: np.ndarray, scale: Scale) -> np
         return advantages_NGt
     if scale == "batch":
         varying = advantages_NGt[varies_N]
-        return advantages_NGt / np.sqrt((varying**2).sum() / (varying.size - 1))
-    spread_N11 = advantages_NGt.std(axis=1, ddof=1, keepdims=True)
-    return advantages_NGt / np.where(varies_N[:, None, None], spread_N11, 1.0)
+        return advantages_NGt / max(np.sqrt((varying**2).sum() / (varying.size - 1)), LEAST_STD)
+    return advantages_NGt / advantages_NGt.std(axis=1, ddof=1, keepdims=True).clip(LEAST_STD)
 
 
 def _whitened(advantages_NGt: np.ndarray, mask_NGT: np.ndarray) -> np.ndarray:
-    """Mean 0 and std 1 over all tokens; all 0 where nothing varies."""
+    """Mean 0 and std 1 over all tokens."""
     at_token = mask_NGT > 0
     full_NGT = np.broadcast_to(advantages_NGt, mask_NGT.shape)
     values = full_NGT[at_token]
-    centred_NGT = np.where(at_token, full_NGT - values.mean(), 0.0)
-    if np.ptp(values) == 0:
-        return np.zeros_like(centred_NGT)
-    return centred_NGT / values.std(ddof=1)
+    return np.where(at_token, full_NGT - values.mean(), 0.0) / max(values.std(ddof=1), LEAST_STD)

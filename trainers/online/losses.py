@@ -158,6 +158,25 @@ def policy_loss(given: Tokens, totals: Totals, settings: LossSettings) -> tuple[
     return loss, metrics | {"loss": loss.item()}
 
 
+def value_loss(
+    values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None, totals: Totals
+) -> tuple[Tensor, Metrics]:
+    """A critic's part of the step's loss, PPO's clipped one (1707.06347): Σ ½ max((V − R)², (V′ − R)²) / tokens.
+
+    V′ is V held within `clip` of the values before the step's first update; without a clip there is no second term.
+    """
+    on_BT = mask_BT > 0
+    values_BT, old_BT, returns_BT = (torch.where(on_BT, x, 0.0) for x in (values_BT, old_BT, returns_BT))
+    plain_BT = (values_BT - returns_BT).square()
+    terms_BT = plain_BT
+    if clip is not None:
+        held_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
+        terms_BT = torch.maximum(plain_BT, (held_BT - returns_BT).square())
+    loss = 0.5 * terms_BT.sum() / max(totals.tokens, 1)
+    clipped = (terms_BT > plain_BT).sum().item() / max(totals.tokens, 1)
+    return loss, {"value/loss": loss.item(), "value/clip_fraction": clipped}
+
+
 def joined(parts: Iterable[Metrics]) -> Metrics:
     """The metrics of a step from those of its micro-batches: shares added up, the largest of what ends in `/max`."""
     whole: Metrics = {}

@@ -8,6 +8,7 @@ import pytest
 from raylign.trainers.online.advantages import (
     Advantage,
     Rewards,
+    gae,
     group_mean,
     leave_one_out,
     preference,
@@ -114,6 +115,12 @@ def test_a_step_without_any_variance_pushes_nothing(advantage: Advantage, scale:
     assert not np.any(of(advantage, np.full((3, 4), 0.3), scale))
 
 
+@pytest.mark.parametrize("scale", ["batch", "group", "tokens"])
+def test_rounding_is_not_blown_up_into_a_signal(scale: str) -> None:
+    got = np.array(of(group_mean, [[0.5, 0.5 + 1e-9, 0.5]], scale))
+    assert 0 < np.abs(got).max() < 1e-4
+
+
 @pytest.mark.parametrize("scale", ["none", "batch", "group", "tokens"])
 def test_order_of_groups_and_samples_does_not_matter(scale: str) -> None:
     rewards = RANDOM.normal(size=(5, 4))
@@ -121,3 +128,24 @@ def test_order_of_groups_and_samples_does_not_matter(scale: str) -> None:
     for advantage in (group_mean, leave_one_out):
         got = np.array(of(advantage, rewards, scale))
         assert np.allclose(of(advantage, rewards[order][:, ::-1], scale), got[order][:, ::-1])
+
+
+def test_gae_by_hand() -> None:
+    """γ = 0.5, λ = 0.5: one completion that ended, one that was cut where the critic gives 4."""
+    rewards = np.array([[0.0, 1.0, 99.0], [0.0, 0.0, 1.0]])
+    values = np.array([[1.0, 2.0, 99.0], [1.0, 2.0, 3.0]])
+    mask = np.array([[1, 1, 0], [1, 1, 1]])
+    advantages, to_learn = gae(rewards, values, mask, np.array([0.0, 4.0]), gamma=0.5, lam=0.5)
+    # δ: [0 + 1 − 1, 1 − 2] and [1 − 1, 1.5 − 2, 1 + 2 − 3]; a quarter of the next advantage goes on
+    assert advantages.tolist() == [[-0.25, -1.0, 0.0], [-0.125, -0.5, 0.0]]
+    assert to_learn.tolist() == [[0.75, 1.0, 0.0], [0.875, 1.5, 3.0]]
+
+
+def test_gae_at_its_ends() -> None:
+    """λ = 1 is the return less the value, λ = 0 the temporal difference."""
+    rewards, values, mask = RANDOM.normal(size=(2, 5)), RANDOM.normal(size=(2, 5)), np.ones((2, 5))
+    last = RANDOM.normal(size=2)
+    to_come = rewards[:, ::-1].cumsum(axis=1)[:, ::-1] + last[:, None]
+    assert np.allclose(gae(rewards, values, mask, last, lam=1.0)[0], to_come - values)
+    following = np.concatenate([values[:, 1:], last[:, None]], axis=1)
+    assert np.allclose(gae(rewards, values, mask, last, lam=0.0, gamma=0.9)[0], rewards + 0.9 * following - values)

@@ -16,6 +16,7 @@ from raylign.trainers.online.losses import (
     policy_loss,
     token_logprobs,
     token_shares,
+    value_loss,
 )
 from raylign.trainers.stages import ALGORITHMS, ClipConfig, MismatchConfig, OnlineStage
 from torch.nn.functional import pad
@@ -226,3 +227,17 @@ def test_token_logprobs_mirror_the_temperature() -> None:
     p = 1 / (1 + math.exp(-1))
     assert logprobs.item() == pytest.approx(math.log(p))
     assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+def test_value_loss_by_hand() -> None:
+    values = torch.tensor([[1.0, 3.0, 0.5, 7.0]], requires_grad=True)
+    old, returns = torch.tensor([[1.1, 1.0, 1.0, 7.0]]), torch.tensor([[2.0, 4.0, 0.0, math.inf]])
+    mask = torch.tensor([[1.0, 1, 1, 0]])
+    # held within 0.2 of old: 1, 1.2, 0.8; squares 1 and 1, 1 and 7.84, 0.25 and 0.64
+    loss, metrics = value_loss(values, old, returns, mask, 0.2, Totals(10, 1, 1))
+    assert loss.item() == metrics["value/loss"] == pytest.approx(0.5 * (1 + 7.84 + 0.64) / 10)
+    assert metrics["value/clip_fraction"] == pytest.approx(0.2)
+    loss.backward()
+    assert values.grad.tolist() == [[pytest.approx(-0.1), 0.0, 0.0, 0.0]]  # a clipped value has no gradient
+    plain, _ = value_loss(values, old, returns, mask, None, Totals(10, 1, 1))
+    assert plain.item() == pytest.approx(0.5 * 2.25 / 10)
