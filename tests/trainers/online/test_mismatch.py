@@ -32,6 +32,25 @@ def test_weights_by_hand(rule: dict[str, object] | None, expected: list[list[flo
     assert weights[1, :2].tolist() == pytest.approx(expected[1])
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("action", ["truncate", "mask"])
+@pytest.mark.parametrize("low", [None, 0.7])
+def test_weights_are_trls(level: str, action: str, low: float | None) -> None:
+    """GRPOTrainer's `vllm_importance_sampling_ratio` in its four modes, with `clip_min` and `clip_max`."""
+    torch.manual_seed(0)
+    old, behaviour = torch.randn(5, 7).double() * 0.3, torch.randn(5, 7).double() * 0.3
+    mask = (torch.arange(7)[None] < torch.tensor([7, 1, 3, 5, 2])[:, None]).double()
+    difference = (old - behaviour) * mask
+    ratio = torch.exp(difference.sum(-1, keepdim=True) if level == "sequence" else difference)
+    if action == "truncate":
+        expected = torch.clamp(ratio, min=low, max=1.3)
+    else:
+        expected = ratio.masked_fill((ratio < (-math.inf if low is None else low)) | (ratio > 1.3), value=0.0)
+    rule = MismatchConfig.model_validate({"level": level, "action": action, "low": low, "high": 1.3})
+    assert torch.allclose(mismatch_weights(old, behaviour, mask, rule) * mask, expected * mask, atol=1e-12)
+    assert expected.unique().numel() > 1
+
+
 def test_a_long_completion_far_off_is_bounded() -> None:
     far = torch.full((1, 4000), 1.0)
     for action, expected in (("truncate", 2.0), ("mask", 0.0)):
