@@ -2,9 +2,11 @@
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from raylign.trainers.online import advantages, objectives
 from raylign.trainers.stages import ALGORITHMS, OnlineStage
@@ -92,3 +94,11 @@ def test_a_recipe_overrides_single_fields() -> None:
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         stage(**fields)
+
+
+def test_the_stage_and_the_algorithms_of_the_readme_are_these() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (shown,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    assert OnlineStage.model_validate(shown).dynamic_sampling.limit == 5
+    table = text.partition("| type | advantage | loss |")[2].partition("```")[0]
+    assert set(re.findall(r"`(\w+)`", re.sub(r"as `grpo`", "", table))) == set(ALGORITHMS)
