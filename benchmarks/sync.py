@@ -21,7 +21,7 @@ from raylign.cluster.weights import WeightVersion
 from raylign.rollout.config import RolloutConfig
 from raylign.rollout.worker import RolloutActor, WorkerSpec
 from raylign.trainers.online.policy import PolicyActor, PolicySpec
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import OnlineStage
 
 from .arena import Arena
 from .measured import Case, Contest, Measured
@@ -128,7 +128,7 @@ _ADAPTER: dict[str, dict[str, Any] | None] = {"adapter": {"r": 16}, "full": None
 
 def _policy(base: Path, kind: str) -> PolicySpec:
     rewards = [{"type": "format", "pattern": "x"}]
-    stage = GrpoStage.model_validate({"adapter": _ADAPTER[kind], "data": {"path": "none"}, "rewards": rewards})
+    stage = OnlineStage.model_validate({"adapter": _ADAPTER[kind], "data": {"path": "none"}, "rewards": rewards})
     return PolicySpec(base=base, base_digest="base", adapter=None, stage=stage, seed=0, dtype="float32")
 
 

@@ -38,14 +38,14 @@ def _refuse_impossible(directory: Any, rollout: int) -> None:
     from ..cluster.errors import InputError, RunFailed
     from ..cluster.rundir import FINAL
     from ..trainers.recipe import load_recipe
-    from ..trainers.stages import GrpoStage
+    from ..trainers.stages import OnlineStage
 
     if directory.lost():
         raise RunFailed(_lost(directory))
     state = directory.status().get("status")
     if state in FINAL:
         raise InputError(f"run {directory.name!r} has ended ({state}): there is nothing to scale")
-    online = [s for s in load_recipe(directory / "recipe.yaml").stages if isinstance(s, GrpoStage)]
+    online = [s for s in load_recipe(directory / "recipe.yaml").stages if isinstance(s, OnlineStage)]
     if not online:
         raise InputError(f"run {directory.name!r} has no stage with rollout workers")
     low, high = min(s.rollout.workers.min for s in online), max(s.rollout.workers.max for s in online)

@@ -28,15 +28,25 @@ class Ledger:
 
     def __init__(self, step: int, size: int, version: int, digest: str) -> None:
         self.step, self.version, self.digest = step, version, digest
-        self._state = dict.fromkeys(range(size), GroupState.PENDING)
-        self._counts = dict.fromkeys(GroupState, 0) | {GroupState.PENDING: size}
+        self._state: dict[int, GroupState] = {}
+        self._counts = dict.fromkeys(GroupState, 0)
         self._groups: dict[int, Group] = {}
         self._runners: dict[int, list[str]] = {}
         """Group → the workers that have a copy of it; no entry where it is not running."""
-        self.failures = dict.fromkeys(range(size), 0)
+        self.failures: dict[int, int] = {}
         """How often a group itself raised an error."""
-        self.losses = dict.fromkeys(range(size), 0)
+        self.losses: dict[int, int] = {}
         """How often a group's worker was lost under it, through no known fault of the group."""
+        self.extend(size)
+
+    def extend(self, count: int) -> int:
+        """The step gets so many groups more, pending; returns the place of the first."""
+        first = len(self._state)
+        for index in range(first, first + count):
+            self._state[index] = GroupState.PENDING
+            self.failures[index] = self.losses[index] = 0
+        self._counts[GroupState.PENDING] += count
+        return first
 
     def pending(self) -> list[int]:
         """Groups that wait for a worker, in order."""

@@ -105,6 +105,10 @@ def vowels(completion, row):
     return float(sum(c in "aeiou" for c in completion))
 
 
+def rare(completion, row):
+    return float(any(c in "ab" for c in completion.lower()))
+
+
 def held(completion, row):
     while os.path.exists({hold!r}):
         time.sleep(0.01)

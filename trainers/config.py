@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from ..cluster.config import ClusterConfig, Config, Name
 from ..rollout.config import RewardConfig
 from ..serve.config import ServeConfig
-from .stages import DataConfig, StageConfig
+from .stages import DataConfig, OnlineStage, StageConfig
 
 
 class ModelConfig(Config):
@@ -116,9 +116,9 @@ class RunConfig(Config):
             return self
         for index, stage in enumerate(self.stages):
             where = f"model.dtype {self.model.dtype}: stages.{index} ({stage.type})"
-            if stage.type != "grpo":
+            if not isinstance(stage, OnlineStage):
                 raise ValueError(f"{where} runs on Ray Train, where weights are float32; leave dtype out")
-            if not self.stages[0].adapter:  # type: ignore[union-attr]  # the first stage is grpo here
+            if not self.stages[0].adapter:  # type: ignore[union-attr]  # the first stage is online here
                 raise ValueError(
                     f"{where} trains all weights, and small updates are lost in {self.model.dtype}: they are float32; "
                     "leave dtype out, or give the stage an adapter"

@@ -25,7 +25,7 @@ from .offline.stage import run_offline_stage
 from .online.stage import run_online_stage
 from .publish import publish, serve_and_evaluate
 from .report.build import write_report
-from .stages import GrpoStage, StageConfig
+from .stages import OnlineStage, StageConfig
 from .tracking import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def check_placement(config: RunConfig, nodes: Sequence[Offer]) -> None:
 
 def demands(stage: StageConfig) -> list[Demand]:
     """What a stage's actors reserve at its start."""
-    if not isinstance(stage, GrpoStage):
+    if not isinstance(stage, OnlineStage):
         return [Demand("train worker", stage.workers, stage.resources.cpus, stage.resources.gpus)]
     roles = [("policy", 1, stage.policy), ("reward", stage.scoring.workers, stage.scoring.resources)]
     roles += [("reference", 1, stage.reference)] if stage.kl else []
@@ -136,7 +136,7 @@ def conclude(
         "evaluation": evaluation or {},
         "weights": {"version": last.version, "digest": last.digest} if last else None,
         "served": served,
-        "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, GrpoStage)),
+        "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, OnlineStage)),
         "wall_seconds": state.get("wall_seconds", 0.0),
         "peak_memory_gb": state.get("peak_memory_gb", 0.0),
         **_workers_seen(config, done, state.get("unfinished", {})),
@@ -150,7 +150,7 @@ def conclude(
 
 def _workers_seen(config: RunConfig, done: Sequence[Finished], unfinished: dict[str, Any]) -> dict[str, Any]:
     """`restarts`, and `workers`: of rollout where the recipe has an online stage, else of training."""
-    online = {stage_name(s) for s in config.stages if isinstance(s, GrpoStage)}
+    online = {stage_name(s) for s in config.stages if isinstance(s, OnlineStage)}
     seen = [(d.name, d.restarts, d.workers) for d in done]
     seen += [(name, part["restarts"], tuple(part["workers"])) for name, part in unfinished.items()]
     bounds = [workers for name, _, workers in seen if name in online or not online]
@@ -212,7 +212,7 @@ def _run_stage(
     config: RunConfig, stage: StageConfig, index: int, model: ModelState, inputs: Inputs, run: RunDir, tracker: Tracker
 ) -> StageOutcome:
     name, given = stage_name(stage), inputs.stages[index]
-    if isinstance(stage, GrpoStage):
+    if isinstance(stage, OnlineStage):
         return run_online_stage(
             config,
             stage,

@@ -18,14 +18,13 @@ def learning_rate(stage: StageBase, step: int, steps: int) -> float:
     return stage.learning_rate * factor
 
 
-def prompts_of_step(seed: int, rows: int, per_step: int, step: int) -> list[int]:
-    """Row numbers of a step's prompts: each pass over the data is a permutation of its own, drawn from the seed.
+def rows_drawn(seed: int, rows: int, first: int, count: int) -> list[int]:
+    """Numbers of the rows drawn from the `first` draw on: each pass over the data is a permutation of its own.
 
-    Steps run across the passes without a gap, so every row is used once before any is used twice.
+    Passes follow each other without a gap, so every row is used once before any is used twice.
     """
-    first = step * per_step
     chosen = []
-    for position in range(first, first + per_step):
+    for position in range(first, first + count):
         epoch, place = divmod(position, rows)
         chosen.append(int(_permutation(seed, rows, epoch)[place]))
     return chosen

@@ -16,7 +16,7 @@ from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.launch import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import OnlineStage
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -75,7 +75,7 @@ def test_gsm8k_grpo_trains_on_real_questions(
 
 def test_the_gsm8k_reward_reads_the_real_answers(shared_data: Path) -> None:
     stage = load_recipe(RECIPES / "gsm8k-grpo.yaml").stages[0]
-    assert isinstance(stage, GrpoStage)
+    assert isinstance(stage, OnlineStage)
     assert isinstance(stage.rewards[0], MathReward)
     row = json.loads((shared_data / "gsm8k/train.jsonl").open().readline())
     gold = row["answer"].rpartition("####")[2].strip()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from raylign.rollout.config import RolloutConfig
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import OnlineStage
 
 NCCL: dict[str, Any] = {"weights": {"transport": "nccl"}, "workers": 2, "resources": {"gpus": 1}}
 
@@ -29,5 +29,5 @@ def test_a_broadcast_needs_a_fixed_fleet_of_gpus(change: dict[str, Any], reason:
 def test_a_broadcast_needs_a_gpu_for_the_policy_too() -> None:
     stage = {"data": {"path": "none"}, "rewards": [{"type": "format", "pattern": "x"}], "rollout": NCCL}
     with pytest.raises(ValidationError, match=r"nccl needs a GPU for the policy and policy.gpus is 0: write 1"):
-        GrpoStage.model_validate(stage)
-    assert GrpoStage.model_validate(stage | {"policy": {"gpus": 1}}).rollout.weights.transport == "nccl"
+        OnlineStage.model_validate(stage)
+    assert OnlineStage.model_validate(stage | {"policy": {"gpus": 1}}).rollout.weights.transport == "nccl"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from raylign.trainers.schedule import learning_rate, prompts_of_step
+from raylign.trainers.schedule import learning_rate, rows_drawn
 from raylign.trainers.stages import DataConfig, SftStage
 
 
@@ -30,12 +30,11 @@ def test_warm_up_is_three_percent_by_default() -> None:
 
 
 def test_every_row_once_before_any_twice() -> None:
-    drawn = [row for step in range(7) for row in prompts_of_step(5, 10, 4, step)]
+    drawn = [row for step in range(7) for row in rows_drawn(5, 10, 4 * step, 4)]
     assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
     assert drawn[:10] != drawn[10:20]
 
 
 def test_the_order_is_the_seeds_alone() -> None:
-    later = prompts_of_step(5, 10, 4, 6)
-    assert prompts_of_step(5, 10, 4, 6) == later
-    assert [prompts_of_step(s, 100, 4, 0) for s in (1, 2)] != [prompts_of_step(1, 100, 4, 0)] * 2
+    assert rows_drawn(5, 10, 0, 28)[24:] == rows_drawn(5, 10, 24, 4)
+    assert rows_drawn(1, 100, 0, 4) != rows_drawn(2, 100, 0, 4)

@@ -17,7 +17,7 @@ from ...serve.config import ServeConfig
 from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from ..recipe import resolve_prepared
-from ..stages import DataConfig, GrpoStage, StageConfig
+from ..stages import DataConfig, OnlineStage, StageConfig
 from .proof import Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage, load_rows
 from .template import Tokenizer, load_tokenizer
@@ -134,14 +134,14 @@ def _fetch(hub_id: str) -> Path:
 
 def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
     rows = load_rows(data, resolve_prepared(data.path, run), kind=kind_of_stage(stage))
-    if isinstance(stage, GrpoStage):
+    if isinstance(stage, OnlineStage):
         _check_answers(stage.rewards, rows, data.path)
     return rows
 
 
 def _check_rewards(config: RunConfig) -> None:
     """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us."""
-    lists = [s.rewards for s in config.stages if isinstance(s, GrpoStage)]
+    lists = [s.rewards for s in config.stages if isinstance(s, OnlineStage)]
     lists += [config.evaluation.rewards] if config.evaluation else []
     for rewards in lists:
         check_names(rewards)
@@ -153,7 +153,7 @@ def _check_rewards(config: RunConfig) -> None:
 def _check_interpreters(config: RunConfig) -> None:
     """The Python of rollout actors has the engine, where it is another than ours or the engine is no part of us."""
     for index, stage in enumerate(config.stages):
-        if isinstance(stage, GrpoStage) and (stage.rollout.python or stage.rollout.engine != "native"):
+        if isinstance(stage, OnlineStage) and (stage.rollout.python or stage.rollout.engine != "native"):
             check_interpreter(stage.rollout, f"stages.{index}.rollout")
 
 

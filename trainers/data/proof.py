@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...cluster.errors import InputError
 from ..config import stage_name
-from ..stages import CptStage, DpoStage, GrpoStage, SftStage, StageConfig
+from ..stages import CptStage, DpoStage, OnlineStage, SftStage, StageConfig
 from .rows import Row
 from .template import (
     IGNORED,
@@ -107,11 +107,11 @@ def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset
         case DpoStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)
-        case GrpoStage():
+        case OnlineStage():
             return _encode_rl_prompt(stage, row, tokenizer)
 
 
-def _encode_rl_prompt(stage: GrpoStage, row: Row, tokenizer: Tokenizer) -> Encoded:
+def _encode_rl_prompt(stage: OnlineStage, row: Row, tokenizer: Tokenizer) -> Encoded:
     ids = encode_prompt(tokenizer, row["prompt"])
     limit = stage.rollout.max_prompt_tokens
     if len(ids) > limit:

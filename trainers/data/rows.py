@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...cluster.errors import InputError
-from ..stages import DataConfig, StageConfig
+from ..stages import ALGORITHMS, DataConfig, StageConfig
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -39,7 +39,12 @@ _KIND_OF_FORMAT: dict[str, Kind] = {
     "preference": "preference",
     "prompt": "prompt",
 }
-_KIND_OF_STAGE: dict[str, Kind] = {"cpt": "text", "sft": "messages", "dpo": "preference", "grpo": "prompt"}
+_KIND_OF_STAGE: dict[str, Kind] = {
+    "cpt": "text",
+    "sft": "messages",
+    "dpo": "preference",
+    **dict.fromkeys(ALGORITHMS, "prompt"),
+}
 _NEEDS = {
     "text": "a `text` column",
     "messages": "`messages` (or `conversations`, `instruction` and `output`, `prompt` and `completion`)",

@@ -20,7 +20,7 @@ from ..config import stage_name
 from ..data.proof import EncodedRow
 from ..data.template import Encoded
 from ..model_state import ModelState, StageOutcome
-from ..schedule import prompts_of_step
+from ..schedule import rows_drawn
 from ..stages import CptStage, DpoStage, SftStage
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def rows_table(encoded: Sequence[EncodedRow]) -> "pa.Table":
 
 def row_order(seed: int, rows: int, batch_size: int, steps: int) -> list[int]:
     """Which row stands at each place of each step; the same for any number of workers."""
-    return [row for step in range(steps) for row in prompts_of_step(seed, rows, batch_size, step)]
+    return rows_drawn(seed, rows, 0, steps * batch_size)
 
 
 def _fit(job: TrainJob, rows: "pa.Table", wait_seconds: float) -> dict[str, Any]:

@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSample:
-    """One completion with what the loss needs of it; log-probs are `[T]` float32, tokens int32."""
+    """One completion with what the loss needs of it: tokens int32, the rest `[T]` float32."""
 
     prompt: np.ndarray
     tokens: np.ndarray
     behaviour: np.ndarray
-    advantage: float
+    advantages: np.ndarray
     reference: np.ndarray | None = None
 
     @property

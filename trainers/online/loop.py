@@ -25,12 +25,13 @@ from ...rollout.ledger import GroupState, Ledger
 from ...rollout.pool import RolloutPool
 from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
-from ..schedule import prompts_of_step
-from ..stages import GrpoStage
-from .advantages import group_advantages
+from ..schedule import rows_drawn
+from ..stages import OnlineStage
 from .batch import TrainSample
 from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
-from .metrics import rollout_metrics, spans_by_worker
+from .experience import chosen, further_prompts, has_variance, shaped, train_sample, train_samples
+from .metrics import kl_metrics, rollout_metrics, spans_by_worker
+from .progress import Progress
 from .roles import Roles
 
 
@@ -51,7 +52,7 @@ class OnlineLoop:
 
     def __init__(
         self,
-        stage: GrpoStage,
+        stage: OnlineStage,
         name: str,
         *,
         prompts: Sequence[Prompt],
@@ -67,6 +68,7 @@ class OnlineLoop:
         self._checkpoints, self._seed, self._on_metrics = checkpoints, seed, on_metrics
         self._weights = WeightStore()
         self._ledger = Ledger(0, 0, 0, "")
+        self._progress = Progress.at_start(stage)
         self._phases: dict[str, float] = {}
         self._now: Wait | None = None
         """The phase under way."""
@@ -119,66 +121,68 @@ class OnlineLoop:
 
     def _train_step(self, step: int) -> None:
         self._phases = {}
-        groups = self._sample(step)
-        groups = self._score(groups)
-        groups = self._reference(groups) if self._stage.kl else groups
-        samples, varies = self._advantage(groups)
-        learned = self._update(samples, step)
+        drawn = self._fill(step)
+        groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
+        samples = self._advantage(groups)
+        learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ledger.trained()
-        self._record(step, groups, varies, learned)
+        self._record(step, drawn, groups, learned)
+        self._progress = self._progress.after(len(drawn), groups, self._stage)
 
-    def _sample(self, step: int) -> list[Group]:
-        """The step's groups, generated, in ledger order."""
+    def _fill(self, step: int) -> list[Group]:
+        """The step's groups with rewards, in ledger order; dynamic sampling draws more until enough have variance."""
+        stage, weights = self._stage, self._weights.current
+        self._ledger = Ledger(step, 0, weights.version, weights.digest)
+        count = wanted = stage.prompts_per_step
+        limit = wanted * (stage.dynamic_sampling.limit if stage.dynamic_sampling else 1)
+        while count:
+            self._score(self._sample(step, count))
+            drawn = self._ledger.batch()
+            found = sum(map(has_variance, drawn))
+            count = further_prompts(wanted, found, len(drawn), limit)
+        return self._ledger.batch()
+
+    def _sample(self, step: int, count: int) -> list[Group]:
+        """So many further groups of the step, generated, in ledger order."""
         with self._phase("generate"):
-            per_step = self._stage.batch_size // self._stage.rollout.group_size
-            rows = prompts_of_step(self._seed, len(self._prompts), per_step, step)
+            first = self._ledger.extend(count)
+            rows = rows_drawn(self._seed, len(self._prompts), self._progress.drawn + first, count)
             tasks = [
-                Group(step=step, index=i, prompt=self._prompts[row].ids, row=self._prompts[row].row)
+                Group(step=step, index=first + i, prompt=self._prompts[row].ids, row=self._prompts[row].row)
                 for i, row in enumerate(rows)
             ]
-            weights = self._weights.current
-            self._ledger = Ledger(step, len(tasks), weights.version, weights.digest)
             for _ in self._pool.generate(tasks, self._ledger, tick=self._tick):
                 self._tick()
-        groups = self._ledger.batch()
+        groups = self._ledger.batch()[first:]
         for worker, (start, end) in spans_by_worker(groups).items():
             self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
         return groups
 
-    def _score(self, groups: list[Group]) -> list[Group]:
-        """The groups with rewards; those that could not be scored are left out and counted."""
+    def _score(self, groups: list[Group]) -> None:
+        """Give groups their rewards; those that could not be scored are counted and say why."""
         with self._phase("score", lane="reward-0"):
             for group in self._roles.score(groups, tick=self._tick):
                 self._ledger.scored(group)
                 self._tick()
-        return self._ledger.batch()
 
     def _reference(self, groups: list[Group]) -> list[Group]:
-        """The groups with the reference's log-probs of every sample."""
+        """The groups with the reference's log-probs of every sample, where there is a reference."""
+        if not self._stage.kl:
+            return groups
         with self._phase("reference", lane="reference"):
-            samples = [self._train_sample(g, i, 0.0) for g in groups for i in range(len(g.samples))]
+            none = np.zeros(0, np.float32)
+            samples = [train_sample(g, i, none) for g in groups for i in range(len(g.samples))]
             logprobs = iter(self._roles.reference_logprobs(samples, tick=self._tick))
             return [replace(g, samples=tuple(replace(s, reference=next(logprobs)) for s in g.samples)) for g in groups]
 
-    def _advantage(self, groups: list[Group]) -> tuple[list[TrainSample], np.ndarray]:
-        """What the update trains on: samples of the groups that vary and have no error; and which vary, `[N]`."""
-        sound = [g for g in groups if not g.error]
-        if not sound:
-            return [], np.zeros(0, bool)
-        rewards = np.array([[s.reward for s in g.samples] for g in sound], np.float64)
-        advantages, varies = group_advantages(rewards, self._stage.advantage_scale)
-        samples = [
-            self._train_sample(group, i, float(advantages[n, i]))
-            for n, group in enumerate(sound)
-            if varies[n]
-            for i in range(len(group.samples))
-        ]
-        return samples, varies
+    def _advantage(self, groups: list[Group]) -> list[TrainSample]:
+        """What the update trains on."""
+        return train_samples(groups, self._stage, self._progress.kl_coefficient)
 
     def _update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         with self._phase("update", lane="policy-0"):
-            return self._roles.update(samples, step, tick=self._look_after)
+            return self._roles.update(samples, step, self._progress.kl_coefficient, tick=self._look_after)
 
     def _publish(self, version: int, *, changed: bool) -> None:
         """Make the policy's weights the next version; rollout workers prove that they hold it, the first right now."""
@@ -189,20 +193,24 @@ class OnlineLoop:
                 self._run.event("weights_regrouped", version=version, reason=published.parcel.note)
             self._pool.set_weights(published, tick=self._look_after)
 
-    def _record(self, step: int, groups: list[Group], varies: np.ndarray, learned: dict[str, float]) -> None:
-        sound = [g for g in groups if not g.error]
+    def _record(self, step: int, drawn: list[Group], groups: list[Group], learned: dict[str, float]) -> None:
         seconds = sum(self._phases.values())
-        metrics = (rollout_metrics(sound, varies) if sound else {}) | learned | self._roles.scoring_troubles()
+        scored = shaped(drawn, self._stage)
+        sound = [g for g in scored if not g.error]
+        metrics = (rollout_metrics(sound) if sound else {}) | self._roles.scoring_troubles()
+        metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
+        metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in drawn))
+        metrics["groups/drawn"] = float(len(drawn))
         metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
         metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
-        metrics["groups/error"] = float(len(groups) - len(sound))
+        metrics["groups/error"] = float(len(drawn) - len(sound))
         metrics["version"] = float(self._weights.current.version)
         metrics["workers/rollout"] = float(self._pool.size)
         low, high = self.workers_seen
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self.last_metrics = metrics
         self._run.metrics(self._name, step, metrics)
-        self._roles.write_samples(step, groups)
+        self._roles.write_samples(step, scored)
         self._say(step + 1)
         self._on_metrics(step, metrics)
 
@@ -213,6 +221,7 @@ class OnlineLoop:
         if checkpoint:
             self.step = self._saved = checkpoint.step
             self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
+            self._progress = Progress(**checkpoint.state["progress"])
             self._roles.load(checkpoint.path, tick=self._tick)
         published = self._weights.publish(self._roles.publish(self.step, (), tick=self._tick), changed=False)
         if checkpoint:
@@ -240,21 +249,11 @@ class OnlineLoop:
             return
         current = self._weights.current
         state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
-        state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
+        state |= {"rows": len(self._prompts), "ledger": self._ledger.counts(), "progress": asdict(self._progress)}
         with self._phase("checkpoint"):
             write_checkpoint(self._checkpoints, self.step, state, partial(self._roles.save, tick=self._look_after))
         self._saved = self.step
         self._run.event("checkpoint", stage=self._name, step=self.step)
-
-    def _train_sample(self, group: Group, i: int, advantage: float) -> TrainSample:
-        sample = group.samples[i]
-        return TrainSample(
-            prompt=group.prompt,
-            tokens=sample.tokens,
-            behaviour=sample.logprobs,
-            advantage=advantage,
-            reference=sample.reference,
-        )
 
     def _tick(self) -> None:
         """At most twice a second: hear a request to stop, and look after the run. Raises `StopRequested`."""
@@ -325,6 +324,6 @@ class _Phase:
         if kind is not None:
             return
         end = time.time()
-        self._loop._phases[self._name] = end - self._start
+        self._loop._phases[self._name] = self._loop._phases.get(self._name, 0.0) + end - self._start
         if self._lane:
             self._loop._run.span(self._lane, self._name, self._start, end, step=self._loop.step)

@@ -1,46 +1,89 @@
 """Policy losses and what they are made of: tensors in, `(loss, metrics)` out.
 
-Shapes: B samples, T completion positions, V vocabulary. `mask_BT` is 1 where a completion token stands.
-Losses are sums divided by `total_tokens`, the completion tokens of the whole optimizer step: so a gradient does not
-depend on how a step is cut into micro-batches or spread over ranks. Metrics are sums over tokens, to be divided by the
-same number by whoever adds the micro-batches up.
+Shapes: B samples, T completion positions, V vocabulary. Losses are sums divided by `Totals` of the whole optimizer
+step: so a gradient does not depend on how a step is cut into micro-batches or spread over ranks. Metrics are shares of
+the step's, to be added up; `joined` does.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..stages import Aggregation, ClipConfig, Estimator, MismatchConfig, OnlineStage, Ratio
+from . import objectives
+from .mismatch import mismatch_metrics, mismatch_weights
+from .objectives import Objective
+
 Metrics = dict[str, float]
 
 
-class Clip(NamedTuple):
-    """Bounds of the probability ratio: 1 − low, 1 + high, and the dual clip for negative advantages or none."""
+class Tokens(NamedTuple):
+    """A micro-batch as a loss sees it, all `[B, T]`."""
 
-    low: float = 0.2
-    high: float = 0.28
-    dual: float | None = 3.0
+    logprobs_BT: Tensor
+    old_BT: Tensor
+    """The trainer's log-probs before the step's first update (no gradient)."""
+    behaviour_BT: Tensor
+    """The engine's log-probs."""
+    advantages_BT: Tensor
+    mask_BT: Tensor
+    """1 where a completion token stands."""
+    reference_BT: Tensor | None = None
+    entropy_BT: Tensor | None = None
 
 
-DEFAULT_CLIP = Clip()
+class Totals(NamedTuple):
+    """What an optimizer step has in all its micro-batches and ranks."""
 
-Objective = Callable[[Tensor, Tensor, Tensor, Clip], Tensor]
+    tokens: int
+    sequences: int
+    constant: int
+    """Samples of a step times the longest completion allowed, whatever came."""
 
 
-def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+class LossSettings(NamedTuple):
+    """How terms are made and added up; `kl` is (coefficient, estimator) and needs the reference's log-probs."""
+
+    objective: Objective = objectives.clipped
+    ratio: Ratio = "token"
+    aggregation: Aggregation = "token"
+    clip: ClipConfig = ClipConfig()
+    mismatch: MismatchConfig | None = MismatchConfig()
+    kl: tuple[float, Estimator] | None = None
+    entropy_bonus: float = 0.0
+
+    @classmethod
+    def of(cls, stage: OnlineStage, kl_coefficient: float) -> "LossSettings":
+        """Those that a recipe asks for, with the KL's coefficient of the step."""
+        kl = stage.kl if stage.kl and stage.kl.place == "loss" else None
+        return cls(
+            objective=getattr(objectives, stage.loss),
+            ratio=stage.ratio,
+            aggregation=stage.aggregation,
+            clip=stage.clip,
+            mismatch=stage.mismatch,
+            kl=(kl_coefficient, kl.estimator) if kl else None,
+            entropy_bonus=stage.entropy_bonus,
+        )
+
+
+def token_logprobs(
+    logits_BTV: Tensor, tokens_BT: Tensor, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each token under the distribution it was sampled from, and that distribution's entropy; `[B, T]`.
 
     Logits are taken to fp32 before the softmax (ScaleRL 2510.13786). The distribution is that of the temperature alone
-    (above 0), without top-p or top-k. The entropy has no gradient: a metric needs none, and its graph would be large.
+    (above 0), without top-p or top-k. The entropy has a gradient only when asked: its graph is large.
     """
     logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
     return logp_BTV.gather(-1, tokens_BT[..., None])[..., 0], entropy_BT
 
 
-def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator) -> Tensor:
     """Per-token estimate of KL(policy ‖ reference) on the policy's own samples (Schulman 2020), `[B, T]`.
 
     With d = log π_ref − log π: k1 = −d, k2 = d²/2, k3 = e^d − d − 1.
@@ -53,77 +96,110 @@ def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Literal["k1
     return d.exp() - d - 1
 
 
-def mismatch_weights(old_BT: Tensor, behaviour_BT: Tensor, cap: float | None) -> Tensor:
-    """Truncated importance weights min(π_trainer / π_engine, cap) per token, no gradient, `[B, T]`; ones without a cap.
+def importance_ratio(logprobs_BT: Tensor, old_BT: Tensor, mask_BT: Tensor, level: Ratio) -> Tensor:
+    """π / π_old, `[B, T]`: of each token; or of the completion, the same at all its tokens.
 
-    They correct for the engine's arithmetic differing from the trainer's (Yao et al. 2025, "Your efficient RL framework
-    secretly brings you off-policy RL training").
+    `sequence` is the geometric mean over its tokens (GSPO 2507.18071), `product` the ratio of its probabilities.
     """
-    if cap is None:
-        return torch.ones_like(old_BT)
-    return (old_BT - behaviour_BT).detach().exp().clamp(max=cap)
+    gap_BT = (logprobs_BT - old_BT) * mask_BT
+    if level == "token":
+        return gap_BT.exp()
+    length_B1 = mask_BT.sum(-1, keepdim=True).clamp(min=1) if level == "sequence" else 1
+    return (gap_BT.sum(-1, keepdim=True) / length_B1).exp().expand_as(gap_BT)
 
 
-def clipped_objective(ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip: Clip) -> Tensor:
-    """PPO's clipped surrogate, to be minimised, with separate bounds (DAPO 2503.14476) and a dual clip (1912.09729).
+def token_shares(mask_BT: Tensor, aggregation: Aggregation, totals: Totals) -> Tensor:
+    """What each token's term counts in the step's loss, `[B, T]`; 0 where the mask is.
 
-    `[B, T]`: −min(r A, clip(r, 1 − low, 1 + high) A); where A < 0 it is at most −dual · A, so that one exploding ratio
-    cannot dominate the step.
+    `token`: 1 / tokens (DAPO 2503.14476). `sequence`: 1 / (its completion's tokens · sequences) (GRPO 2402.03300).
+    `constant`: 1 / constant (Dr.GRPO 2503.20783).
     """
-    plain = -ratio_BT * advantages_BT
-    clipped = -ratio_BT.clamp(1 - clip.low, 1 + clip.high) * advantages_BT
-    loss_BT = torch.maximum(plain, clipped)
-    if clip.dual is None:
-        return loss_BT
-    return torch.where(advantages_BT < 0, torch.minimum(loss_BT, -clip.dual * advantages_BT), loss_BT)
+    if aggregation == "token":
+        return mask_BT / max(totals.tokens, 1)
+    if aggregation == "constant":
+        return mask_BT / max(totals.constant, 1)
+    return mask_BT / (mask_BT.sum(-1, keepdim=True).clamp(min=1) * max(totals.sequences, 1))
 
 
-def cispo_objective(ratio_BT: Tensor, logprobs_BT: Tensor, advantages_BT: Tensor, clip: Clip) -> Tensor:
-    """CISPO (MiniMax-M1 2506.13585), `[B, T]`: −sg(min(r, 1 + high)) · A · log π; no token loses its gradient."""
-    return -ratio_BT.detach().clamp(max=1 + clip.high) * advantages_BT * logprobs_BT
+def policy_loss(given: Tokens, totals: Totals, settings: LossSettings) -> tuple[Tensor, Metrics]:
+    """A micro-batch's part of the step's loss: Σ share · (w · objective + β · KL) − η · mean entropy.
+
+    w are the weights that correct the engine's arithmetic, shares those of the aggregation; the entropy's mean is over
+    all tokens of the step. Raises `ValueError` where a KL is asked for and there is no reference, or an entropy bonus
+    without entropies. An empty mask gives a loss of 0 whose gradient is 0, and what stands at masked places, infinite
+    or not, has no effect.
+    """
+    t, clip = _without_masked(given), settings.clip
+    ratio_BT = importance_ratio(t.logprobs_BT, t.old_BT, t.mask_BT, settings.ratio)
+    weights_BT = mismatch_weights(t.old_BT, t.behaviour_BT, t.mask_BT, settings.mismatch)
+    terms_BT = weights_BT * settings.objective(ratio_BT, t.logprobs_BT, t.advantages_BT, clip)
+    metrics = mismatch_metrics(t.old_BT, t.behaviour_BT, weights_BT, t.mask_BT, totals.tokens)
+
+    def mean(x_BT: Tensor) -> Tensor:
+        return (x_BT * t.mask_BT).sum() / max(totals.tokens, 1)
+
+    low_BT = (ratio_BT < 1 - clip.low) & (t.advantages_BT < 0)
+    high_BT = (ratio_BT > 1 + clip.high) & (t.advantages_BT > 0)
+    metrics["clip_fraction"] = mean(low_BT | high_BT).item()
+    if settings.kl is not None:
+        if t.reference_BT is None:
+            raise ValueError("the loss has a KL term, but the samples have no log-probs of the reference")
+        coefficient, estimator = settings.kl
+        kl_BT = kl_penalty(t.logprobs_BT, t.reference_BT, estimator)
+        terms_BT = terms_BT + coefficient * kl_BT
+        metrics["kl"] = mean(kl_BT).item()
+    loss = (terms_BT * token_shares(t.mask_BT, settings.aggregation, totals)).sum()
+    if t.entropy_BT is not None:
+        metrics["entropy"] = mean(t.entropy_BT).item()
+    if settings.entropy_bonus:
+        if t.entropy_BT is None:
+            raise ValueError("the loss has an entropy bonus, but no entropies")
+        loss = loss - settings.entropy_bonus * mean(t.entropy_BT)
+    return loss, metrics | {"loss": loss.item()}
 
 
-OBJECTIVES: dict[str, Objective] = {"grpo": clipped_objective, "cispo": cispo_objective}
-"""What a stage's `loss` names: a function of ratio, log-probs, advantages (all `[B, T]`) and clip bounds, per token."""
-
-
-def policy_loss(
-    objective: Objective,
-    logprobs_BT: Tensor,
-    old_BT: Tensor,
-    behaviour_BT: Tensor,
-    reference_BT: Tensor | None,
-    advantages_B: Tensor,
-    mask_BT: Tensor,
-    *,
-    total_tokens: int,
-    clip: Clip = DEFAULT_CLIP,
-    mismatch_cap: float | None = 2.0,
-    kl: tuple[float, Literal["k1", "k2", "k3"]] | None = None,
+def value_loss(
+    values_BT: Tensor, old_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, clip: float | None, totals: Totals
 ) -> tuple[Tensor, Metrics]:
-    """A policy-gradient loss with token-mean aggregation: Σ mask · (w · objective + β · KL) / total_tokens.
+    """A critic's part of the step's loss, PPO's clipped one (1707.06347): Σ ½ max((V − R)², (V′ − R)²) / tokens.
 
-    `old_BT` are the trainer's log-probs before the step's first update (no gradient), `behaviour_BT` the engine's, w
-    the weights that correct one for the other, `kl` is (β, estimator) and needs `reference_BT`: a `ValueError` where it
-    is missing. An empty mask gives a loss of 0 whose gradient is 0, and what stands at masked places, infinite or not,
-    has no effect.
+    V′ is V held within `clip` of the values before the step's first update; without a clip there is no second term.
     """
-    if kl is not None and reference_BT is None:
-        raise ValueError("the loss has a KL term, but the samples have no log-probs of the reference")
-    on_BT = mask_BT > 0  # exp() at a masked place may be infinite, and infinity times a mask of 0 is NaN
-    logprobs_BT, old_BT, behaviour_BT = (torch.where(on_BT, x, 0.0) for x in (logprobs_BT, old_BT, behaviour_BT))
-    advantages_BT = advantages_B[:, None].expand_as(logprobs_BT)
-    ratio_BT = (logprobs_BT - old_BT).exp()
-    weights_BT = mismatch_weights(old_BT, behaviour_BT, mismatch_cap)
-    per_token_BT = weights_BT * objective(ratio_BT, logprobs_BT, advantages_BT, clip)
-    gap_BT = (old_BT - behaviour_BT).abs() * mask_BT
-    low_BT = (ratio_BT < 1 - clip.low) & (advantages_BT < 0)
-    high_BT = (ratio_BT > 1 + clip.high) & (advantages_BT > 0)
-    metrics = {"mismatch/mean": gap_BT.sum(), "clip_fraction": ((low_BT | high_BT) * mask_BT).sum()}
-    if kl is not None and reference_BT is not None:
-        coefficient, estimator = kl
-        kl_BT = kl_penalty(logprobs_BT, torch.where(on_BT, reference_BT, 0.0), estimator)
-        per_token_BT = per_token_BT + coefficient * kl_BT
-        metrics["kl"] = (kl_BT * mask_BT).sum()
-    loss = (per_token_BT * mask_BT).sum() / max(total_tokens, 1)
-    return loss, {name: value.item() for name, value in metrics.items()}
+    on_BT = mask_BT > 0
+    values_BT, old_BT, returns_BT = (torch.where(on_BT, x, 0.0) for x in (values_BT, old_BT, returns_BT))
+    plain_BT = (values_BT - returns_BT).square()
+    terms_BT = plain_BT
+    if clip is not None:
+        held_BT = old_BT + (values_BT - old_BT).clamp(-clip, clip)
+        terms_BT = torch.maximum(plain_BT, (held_BT - returns_BT).square())
+    loss = 0.5 * terms_BT.sum() / max(totals.tokens, 1)
+    clipped = (terms_BT > plain_BT).sum().item() / max(totals.tokens, 1)
+    return loss, {"value/loss": loss.item(), "value/clip_fraction": clipped}
+
+
+def joined(parts: Iterable[Metrics]) -> Metrics:
+    """The metrics of a step from those of its micro-batches: shares added up, the largest of what ends in `/max`."""
+    whole: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            before = whole.get(name, 0.0)
+            whole[name] = max(before, value) if name.endswith("/max") else before + value
+    return whole
+
+
+def _without_masked(t: Tokens) -> Tokens:
+    """Zeros at masked places: exp() there may be infinite, and infinity times a mask of 0 is NaN."""
+    on_BT = t.mask_BT > 0
+
+    def clean(x_BT: Tensor) -> Tensor:
+        return torch.where(on_BT, x_BT, 0.0)
+
+    return Tokens(
+        logprobs_BT=clean(t.logprobs_BT),
+        old_BT=clean(t.old_BT),
+        behaviour_BT=clean(t.behaviour_BT),
+        advantages_BT=clean(t.advantages_BT),
+        mask_BT=t.mask_BT,
+        reference_BT=None if t.reference_BT is None else clean(t.reference_BT),
+        entropy_BT=None if t.entropy_BT is None else clean(t.entropy_BT),
+    )

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...rollout.records import Group
+from .progress import completion_kl
 
 
-def rollout_metrics(groups: Sequence[Group], varies: np.ndarray) -> dict[str, float]:
-    """Rewards by part, lengths (tokens) and truncation over all samples, and groups that teach nothing.
-
-    `varies` `[N]` marks the groups whose rewards differ.
-    """
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards by part, lengths (tokens) and truncation over all samples."""
     samples = [s for g in groups for s in g.samples]
     rewards = np.array([s.reward for s in samples], np.float64)
     lengths = np.array([len(s.tokens) for s in samples])
@@ -21,12 +19,25 @@ def rollout_metrics(groups: Sequence[Group], varies: np.ndarray) -> dict[str, fl
         "completion_length/mean": float(lengths.mean()),
         "completion_length/max": float(lengths.max()),
         "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
-        "groups/no_variance": float((~varies).sum()),
+        "truncated/count": float(sum(s.finish_reason == "length" for s in samples)),
         "tokens": float(lengths.sum()),
     }
     for part in samples[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([s.reward_parts[part] for s in samples]))
     return metrics
+
+
+def kl_metrics(groups: Sequence[Group], coefficient: float) -> dict[str, float]:
+    """The coefficient of the step and the KL to the reference, nats a completion and a token; empty where KL is off.
+
+    A KL in the loss is measured there too, by its own estimator and with the trainer's log-probs: that one stands.
+    """
+    per_completion = completion_kl(groups)
+    if per_completion is None:
+        return {}
+    lengths = [len(s.tokens) for g in groups for s in g.samples]
+    per_token = per_completion * len(lengths) / sum(lengths)
+    return {"kl/coefficient": coefficient, "kl/completion": per_completion, "kl": per_token}
 
 
 def spans_by_worker(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

@@ -11,7 +11,7 @@ import numpy as np
 from ...cluster.errors import RunFailed
 from ...cluster.weights import Tensors, WeightVersion, open_transport, version_digest
 from ..schedule import learning_rate
-from ..stages import GrpoStage
+from ..stages import OnlineStage
 from .batch import TrainSample, micro_batches
 
 
@@ -22,7 +22,7 @@ class PolicySpec:
     base: Path
     base_digest: str
     adapter: Path | None
-    stage: GrpoStage
+    stage: OnlineStage
     seed: int
     dtype: str
 
@@ -54,10 +54,11 @@ class Policy:
             weight_decay=spec.stage.weight_decay,
         )
 
-    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+    def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
         """One optimizer step on all samples. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
 
-        Metrics are means over the step's completion tokens; `updated` says whether the weights moved.
+        The coefficient is that of a KL in the loss, which may change from step to step. Metrics are means over the
+        step's completion tokens; `updated` says whether the weights moved.
         """
         import torch
 
@@ -67,7 +68,7 @@ class Policy:
         rate = learning_rate(stage, step, stage.steps)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        metrics = self._backward(samples)
+        metrics = self._backward(samples, kl_coefficient)
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), stage.max_grad_norm).item()
         if not np.isfinite(norm):
             raise RunFailed(
@@ -77,38 +78,33 @@ class Policy:
         self._optimizer.step()
         return metrics | {"grad_norm": norm, "learning_rate": rate, "updated": float(norm > 0 and rate > 0)}
 
-    def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
-        from .losses import OBJECTIVES, Clip, policy_loss
+    def _backward(self, samples: Sequence[TrainSample], kl_coefficient: float) -> dict[str, float]:
+        from .losses import LossSettings, Tokens, Totals, joined, policy_loss
         from .scoring_model import align, completion_logprobs
 
         stage = self._spec.stage
-        total = sum(len(s.tokens) for s in samples)
-        sums: dict[str, float] = {"loss": 0.0, "entropy": 0.0}
-        largest = 0.0
+        temperature, longest = stage.rollout.sampling.temperature, stage.rollout.sampling.max_tokens
+        settings = LossSettings.of(stage, kl_coefficient)
+        totals = Totals(sum(len(s.tokens) for s in samples), len(samples), stage.batch_size * longest)
+        parts = []
         for rows in micro_batches([s.length for s in samples], stage.micro_batch_tokens):
             batch = align([samples[i] for i in rows], self._device)
-            logprobs_BK, entropy_BK = completion_logprobs(self._model, batch, stage.rollout.sampling.temperature)
-            old_BK = logprobs_BK.detach()  # one update per batch: the policy before it is the policy itself
-            loss, metrics = policy_loss(
-                OBJECTIVES[stage.loss],
-                logprobs_BK,
-                old_BK,
-                batch.behaviour_BK,
-                batch.reference_BK,
-                batch.advantages_B,
-                batch.mask_BK,
-                total_tokens=total,
-                clip=Clip(stage.clip.low, stage.clip.high, stage.clip.dual),
-                mismatch_cap=stage.mismatch_cap,
-                kl=(stage.kl.coefficient, stage.kl.estimator) if stage.kl else None,
+            logprobs_BK, entropy_BK = completion_logprobs(
+                self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
             )
+            tokens = Tokens(
+                logprobs_BT=logprobs_BK,
+                old_BT=logprobs_BK.detach(),  # one update per batch: the policy before it is the policy itself
+                behaviour_BT=batch.behaviour_BK,
+                advantages_BT=batch.advantages_BK,
+                mask_BT=batch.mask_BK,
+                reference_BT=batch.reference_BK,
+                entropy_BT=entropy_BK,
+            )
+            loss, metrics = policy_loss(tokens, totals, settings)
             loss.backward()
-            metrics |= {"loss": loss.item() * total, "entropy": entropy_BK[batch.mask_BK > 0].sum().item()}
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value
-            gaps = (old_BK - batch.behaviour_BK).abs()[batch.mask_BK > 0]
-            largest = max(largest, *gaps.tolist())
-        return {name: value / total for name, value in sums.items()} | {"mismatch/max": largest}
+            parts.append(metrics)
+        return joined(parts)
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
         """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`.
@@ -192,9 +188,9 @@ class PolicyActor:
         self._transport = open_transport(stage.rollout.weights, timeout=stage.timeout_seconds)
         self._hashing = ThreadPoolExecutor(1, "digest")
 
-    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+    def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
         """One optimizer step."""
-        return self._policy.update(samples, step)
+        return self._policy.update(samples, step, kl_coefficient)
 
     def publish(self, version: int, workers: Sequence[str]) -> WeightVersion:
         """Make the weights as they are now available to these workers, and to any that come later."""

@@ -15,7 +15,7 @@ from ...cluster.config import Resources
 from ...cluster.placement import amount, node_of, place, release
 from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
-from ..stages import GrpoStage
+from ..stages import OnlineStage
 from .batch import TrainSample
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
@@ -38,7 +38,9 @@ class Roles:
     middle would leave step and weights apart.
     """
 
-    def __init__(self, prefix: str, spec: PolicySpec, stage: GrpoStage, *, samples: Path, wait_seconds: float) -> None:
+    def __init__(
+        self, prefix: str, spec: PolicySpec, stage: OnlineStage, *, samples: Path, wait_seconds: float
+    ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
         self._placements: list[Any] = []
@@ -128,9 +130,11 @@ class Roles:
             ref = self._actors["reference"].logprobs.remote(samples)
             return calls.get(ref, actor="reference", what="log-probs", timeout=self._timeout, tick=tick)
 
-    def update(self, samples: Sequence[TrainSample], step: int, *, tick: Tick) -> dict[str, float]:
+    def update(
+        self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick
+    ) -> dict[str, float]:
         """One optimizer step; its metrics."""
-        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step)
+        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step, kl_coefficient)
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""

@@ -26,7 +26,7 @@ class Aligned:
     mask_BK: Tensor
     behaviour_BK: Tensor
     reference_BK: Tensor | None
-    advantages_B: Tensor
+    advantages_BK: Tensor
 
 
 def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
@@ -58,17 +58,19 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
         behaviour_BK=at_completion([s.behaviour for s in samples]),
         reference_BK=at_completion(references) if references else None,
-        advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32, device=device),
+        advantages_BK=at_completion([s.advantages for s in samples]),
     )
 
 
-def completion_logprobs(model: nn.Module, batch: Aligned, temperature: float) -> tuple[Tensor, Tensor]:
+def completion_logprobs(
+    model: nn.Module, batch: Aligned, temperature: float, *, entropy_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens and the entropies there, `[B, K]`; logits only where they count."""
     keep = batch.ids_BL.shape[1] - batch.first
     logits = model(
         input_ids=batch.ids_BL, attention_mask=batch.attention_BL, logits_to_keep=keep, use_cache=False
     ).logits
-    return token_logprobs(logits[:, :-1], batch.targets_BK, temperature)
+    return token_logprobs(logits[:, :-1], batch.targets_BK, temperature, entropy_gradient=entropy_gradient)
 
 
 @torch.no_grad()

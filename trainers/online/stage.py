@@ -15,7 +15,7 @@ from ..config import RunConfig, stage_name
 from ..data.inputs import StageInput
 from ..data.template import Encoded, Tokenizer, stop_tokens
 from ..model_state import ModelState, StageOutcome
-from ..stages import GrpoStage
+from ..stages import OnlineStage
 from .loop import OnlineLoop, Prompt
 from .policy import PolicySpec
 from .roles import Roles
@@ -23,7 +23,7 @@ from .roles import Roles
 
 def run_online_stage(
     config: RunConfig,
-    stage: GrpoStage,
+    stage: OnlineStage,
     index: int,
     model: ModelState,
     given: StageInput,
@@ -92,7 +92,7 @@ def _prompts(given: StageInput) -> list[Prompt]:
     return [Prompt(ids=np.array(e.input_ids, np.int32), row=row) for e, row in proven if isinstance(e, Encoded)]
 
 
-def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: GrpoStage, digest: str) -> ModelState:
+def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: OnlineStage, digest: str) -> ModelState:
     """The last published weights as a folder: an adapter under its digest, or a whole model."""
     weights, name = loop.weights, stage_name(stage)
     tensors = ObjectStore().receive(weights.parcel, "the run", timeout=stage.timeout_seconds)

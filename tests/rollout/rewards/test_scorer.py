@@ -14,7 +14,7 @@ from raylign.rollout.config import FormatReward, FunctionReward, MathReward, Rew
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.scorer import OnError, Scorer
 from raylign.trainers.recipe import load_recipe
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import OnlineStage
 
 SOURCE = """
 def exact(completion, row):
@@ -124,7 +124,7 @@ def test_scorer_is_an_actor_and_its_processes_end_with_it(root: Path, ray_sessio
 def test_gsm8k_recipe_scores_real_rows(shared_data: Path) -> None:
     recipe = load_recipe(Path(__file__).parents[3] / "recipes" / "gsm8k-grpo.yaml")
     stage = recipe.stages[0]
-    assert isinstance(stage, GrpoStage)
+    assert isinstance(stage, OnlineStage)
     with (shared_data / "gsm8k" / "train.jsonl").open() as file:
         rows = [json.loads(line) for line in itertools.islice(file, 20)]
     scorer = Scorer(stage.rewards, Path("/"), stage.scoring.on_error)

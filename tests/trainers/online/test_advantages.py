@@ -1,41 +1,151 @@
-"""Advantages by hand."""
+"""Advantages by hand, against the peers' formulas, and their invariances."""
+
+import math
+from typing import Any
 
 import numpy as np
 import pytest
-from raylign.trainers.online.advantages import group_advantages
+from raylign.trainers.online.advantages import (
+    Advantage,
+    Rewards,
+    gae,
+    group_mean,
+    leave_one_out,
+    preference,
+    returns,
+    scaled,
+)
+
+RANDOM = np.random.default_rng(0)
+
+
+def whole(rewards: Any) -> Rewards:
+    """Completions of one token each, without a KL."""
+    task = np.asarray(rewards, np.float64)
+    return Rewards(task, np.zeros((*task.shape, 1)), np.ones((*task.shape, 1)), 0.0)
+
+
+def random(coefficient: float = 0.2) -> Rewards:
+    """Three groups of four completions with 1 to 6 tokens and a KL."""
+    mask = (np.arange(6) < RANDOM.integers(1, 7, size=(3, 4))[:, :, None]).astype(float)
+    return Rewards(RANDOM.normal(size=(3, 4)), RANDOM.normal(size=mask.shape) * mask, mask, coefficient)
+
+
+def of(advantage: Advantage, rewards: Any, scale: Any) -> list[list[float]]:
+    given = whole(rewards)
+    return scaled(advantage(given), given.mask_NGT, scale)[:, :, 0].tolist()
 
 
 def test_without_scale_it_is_the_distance_to_the_group_mean() -> None:
-    advantages, varies = group_advantages(np.array([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]]), "none")
-    assert advantages.tolist() == [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]]
-    assert varies.tolist() == [True, False]
+    got = of(group_mean, [[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]], "none")
+    assert got == [[0.5, -0.5, -0.5, 0.5], [0, 0, 0, 0]]
+
+
+def test_leave_one_out_is_the_distance_to_the_mean_of_the_others() -> None:
+    # 6 − (0 + 3)/2, 0 − (6 + 3)/2, 3 − (6 + 0)/2
+    assert of(leave_one_out, [[6.0, 0.0, 3.0]], "none") == [[4.5, -4.5, 0.0]]
+
+
+def test_leave_one_out_is_trls_formula() -> None:
+    rewards = RANDOM.normal(size=(5, 4))
+    baselines = (rewards.sum(axis=1, keepdims=True) - rewards) / 3  # RLOOTrainer, where all rewards are known
+    assert np.allclose(of(leave_one_out, rewards, "none"), rewards - baselines, atol=1e-12)
 
 
 def test_group_scale_divides_by_the_groups_own_std() -> None:
-    advantages, _ = group_advantages(np.array([[0.0, 2.0], [0.0, 20.0]]), "group")
     # std with n − 1: √2 and 10√2
-    assert np.allclose(advantages, [[-(0.5**0.5), 0.5**0.5], [-(0.5**0.5), 0.5**0.5]])
+    got = of(group_mean, [[0.0, 2.0], [0.0, 20.0], [4.0, 4.0]], "group")
+    assert np.allclose(got, [[-(0.5**0.5), 0.5**0.5], [-(0.5**0.5), 0.5**0.5], [0, 0]])
 
 
 def test_batch_scale_leaves_groups_without_variance_out_of_the_std() -> None:
-    with_flat, _ = group_advantages(np.array([[0.0, 2.0], [1.0, 5.0], [7.0, 7.0]]), "batch")
-    without, _ = group_advantages(np.array([[0.0, 2.0], [1.0, 5.0]]), "batch")
+    with_flat = of(group_mean, [[0.0, 2.0], [1.0, 5.0], [7.0, 7.0]], "batch")
+    without = of(group_mean, [[0.0, 2.0], [1.0, 5.0]], "batch")
     # centred: −1, 1, −2, 2; Σ² = 10 over n − 1 = 3
     assert np.allclose(without, np.array([[-1, 1], [-2, 2]]) / (10 / 3) ** 0.5)
     assert np.allclose(with_flat[:2], without)
-    assert with_flat[2].tolist() == [0, 0]
+    assert with_flat[2] == [0, 0]
 
 
-@pytest.mark.parametrize("scale", ["none", "batch", "group"])
-def test_a_step_without_any_variance_pushes_nothing(scale: str) -> None:
-    advantages, varies = group_advantages(np.full((3, 4), 0.3), scale)
-    assert not advantages.any()
-    assert not varies.any()
+def test_returns_are_what_is_still_to_come() -> None:
+    kl, mask = np.array([[[0.5, 1.0, 1.0], [2.0, 0, 0]]]), np.array([[[1, 1, 1], [1, 0, 0]]])
+    got = returns(Rewards(np.array([[1.0, 0.5]]), kl, mask, 0.1))
+    assert np.allclose(got, [[[0.75, 0.8, 0.9], [0.3, 0, 0]]])
 
 
-def test_order_of_groups_and_samples_does_not_matter() -> None:
-    rewards = np.random.default_rng(0).normal(size=(5, 4))
+def test_a_completions_kl_counts_as_its_sum_where_the_group_is_the_baseline() -> None:
+    given = random()
+    totals = given.task_NG - 0.2 * given.kl_NGT.sum(axis=2)  # as TRL's RLOO has it
+    for advantage in (group_mean, leave_one_out):
+        assert np.allclose(advantage(given)[:, :, 0], of(advantage, totals, "none"))
+
+
+def test_preference_by_hand() -> None:
+    # log-ratios 1 + 2 of the best, 0.5 of the worst: 2 β σ(−β · 2.5)
+    kl = np.array([[[1.0, 2.0], [0.5, 0.0], [9.0, 9.0]], [[1.0, 0.0]] * 3])
+    got = preference(Rewards(np.array([[4.0, 1.0, 2.0], [1.0] * 3]), kl, np.ones_like(kl), 0.1))[:, :, 0]
+    push = 0.2 / (1 + math.exp(0.25))
+    assert got[0, :2].tolist() == pytest.approx([push, -push])
+    assert np.isnan(got[0, 2])
+    assert got[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_token_scale_is_that_of_reinforce_plus_plus(baseline: bool) -> None:
+    """By loops, as its reference code has it (γ = 1): returns or rewards less their group's mean, whitened by token."""
+    given = random()
+    mask, raw = given.mask_NGT, np.zeros_like(given.mask_NGT)
+    for n, g in np.ndindex(3, 4):
+        for t in range(int(mask[n, g].sum())):
+            raw[n, g, t] = given.task_NG[n, g] - 0.2 * sum(given.kl_NGT[n, g, t:])
+            if baseline:
+                totals = [given.task_NG[n, o] - 0.2 * sum(given.kl_NGT[n, o]) for o in range(4)]
+                raw[n, g, t] = totals[g] - sum(totals) / 4
+    count = mask.sum()
+    mean = (raw * mask).sum() / count
+    variance = ((raw - mean) ** 2 * mask).sum() / count * count / (count - 1)
+    expected = (raw - mean) / (variance + 1e-8) ** 0.5 * mask
+    got = scaled((group_mean if baseline else returns)(given), mask, "tokens")
+    assert np.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [group_mean, leave_one_out])
+@pytest.mark.parametrize("scale", ["none", "batch", "group", "tokens"])
+def test_a_step_without_any_variance_pushes_nothing(advantage: Advantage, scale: str) -> None:
+    assert not np.any(of(advantage, np.full((3, 4), 0.3), scale))
+
+
+@pytest.mark.parametrize("scale", ["batch", "group", "tokens"])
+def test_rounding_is_not_blown_up_into_a_signal(scale: str) -> None:
+    got = np.array(of(group_mean, [[0.5, 0.5 + 1e-9, 0.5]], scale))
+    assert 0 < np.abs(got).max() < 1e-4
+
+
+@pytest.mark.parametrize("scale", ["none", "batch", "group", "tokens"])
+def test_order_of_groups_and_samples_does_not_matter(scale: str) -> None:
+    rewards = RANDOM.normal(size=(5, 4))
     order = [3, 1, 4, 0, 2]
-    advantages, _ = group_advantages(rewards, "batch")
-    shuffled, _ = group_advantages(rewards[order][:, ::-1], "batch")
-    assert np.allclose(shuffled, advantages[order][:, ::-1])
+    for advantage in (group_mean, leave_one_out):
+        got = np.array(of(advantage, rewards, scale))
+        assert np.allclose(of(advantage, rewards[order][:, ::-1], scale), got[order][:, ::-1])
+
+
+def test_gae_by_hand() -> None:
+    """γ = 0.5, λ = 0.5: one completion that ended, one that was cut where the critic gives 4."""
+    rewards = np.array([[0.0, 1.0, 99.0], [0.0, 0.0, 1.0]])
+    values = np.array([[1.0, 2.0, 99.0], [1.0, 2.0, 3.0]])
+    mask = np.array([[1, 1, 0], [1, 1, 1]])
+    advantages, to_learn = gae(rewards, values, mask, np.array([0.0, 4.0]), gamma=0.5, lam=0.5)
+    # δ: [0 + 1 − 1, 1 − 2] and [1 − 1, 1.5 − 2, 1 + 2 − 3]; a quarter of the next advantage goes on
+    assert advantages.tolist() == [[-0.25, -1.0, 0.0], [-0.125, -0.5, 0.0]]
+    assert to_learn.tolist() == [[0.75, 1.0, 0.0], [0.875, 1.5, 3.0]]
+
+
+def test_gae_at_its_ends() -> None:
+    """λ = 1 is the return less the value, λ = 0 the temporal difference."""
+    rewards, values, mask = RANDOM.normal(size=(2, 5)), RANDOM.normal(size=(2, 5)), np.ones((2, 5))
+    last = RANDOM.normal(size=2)
+    to_come = rewards[:, ::-1].cumsum(axis=1)[:, ::-1] + last[:, None]
+    assert np.allclose(gae(rewards, values, mask, last, lam=1.0)[0], to_come - values)
+    following = np.concatenate([values[:, 1:], last[:, None]], axis=1)
+    assert np.allclose(gae(rewards, values, mask, last, lam=0.0, gamma=0.9)[0], rewards + 0.9 * following - values)

@@ -1,41 +1,43 @@
 """Losses by hand, against loops written from the papers, and their invariances."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from raylign.trainers.online import objectives
 from raylign.trainers.online.losses import (
-    OBJECTIVES,
-    Clip,
-    clipped_objective,
+    LossSettings,
+    Tokens,
+    Totals,
+    importance_ratio,
+    joined,
     kl_penalty,
-    mismatch_weights,
     policy_loss,
     token_logprobs,
+    token_shares,
+    value_loss,
 )
+from raylign.trainers.stages import ALGORITHMS, ClipConfig, MismatchConfig, OnlineStage
+from torch.nn.functional import pad
+
+from .terms import LENGTHS, tokens, totals
 
 
-def batch(B: int = 4, T: int = 6) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    lengths = torch.tensor([6, 3, 1, 4])[:B]
-    return {
-        "logprobs_BT": -torch.rand(B, T, dtype=torch.float64) * 2,
-        "old_BT": -torch.rand(B, T, dtype=torch.float64) * 2,
-        "behaviour_BT": -torch.rand(B, T, dtype=torch.float64) * 2,
-        "reference_BT": -torch.rand(B, T, dtype=torch.float64) * 2,
-        "advantages_B": torch.randn(B, dtype=torch.float64),
-        "mask_BT": (torch.arange(T)[None] < lengths[:, None]).double(),
-    }
+def of_algorithm(name: str, **fields: Any) -> LossSettings:
+    """What a stage of a type makes of its loss, with a KL of 0.05 where the type has it in the loss."""
+    rest = {"data": {"path": "x"}, "rewards": [{"type": "format", "pattern": "x"}], "kl": {"coefficient": 0.05}}
+    return LossSettings.of(OnlineStage.model_validate({"type": name, **rest, **fields}), 0.05)
 
 
-def by_loops(b: dict[str, torch.Tensor], total: int) -> float:
+def by_loops(t: Tokens, total: int) -> float:
     """Σ min(exp(old − behaviour), 2) · PPO-clip(0.2, 0.28, dual 3) + 0.05 · k3, over completion tokens, / total."""
     loss = 0.0
-    for i, advantage in enumerate(b["advantages_B"].tolist()):
-        for t in range(b["mask_BT"].shape[1]):
-            if not b["mask_BT"][i, t]:
-                continue
-            new, old, seen, ref = (b[k][i, t].item() for k in ("logprobs_BT", "old_BT", "behaviour_BT", "reference_BT"))
+    for i, length in enumerate(LENGTHS):
+        for j in range(length):
+            new, old, seen, ref, advantage = (
+                x[i, j].item() for x in (t.logprobs_BT, t.old_BT, t.behaviour_BT, t.reference_BT, t.advantages_BT)
+            )
             ratio = math.exp(new - old)
             term = max(-ratio * advantage, -min(max(ratio, 0.8), 1.28) * advantage)
             if advantage < 0:
@@ -45,82 +47,102 @@ def by_loops(b: dict[str, torch.Tensor], total: int) -> float:
 
 
 def test_grpo_loss_is_the_papers_sum() -> None:
-    b = batch()
-    loss, metrics = policy_loss(clipped_objective, **b, total_tokens=14, kl=(0.05, "k3"))
-    assert loss.item() == pytest.approx(by_loops(b, 14), abs=1e-12)
-    gap = ((b["old_BT"] - b["behaviour_BT"]).abs() * b["mask_BT"]).sum()
-    assert metrics["mismatch/mean"] == pytest.approx(gap.item())
+    t = tokens()
+    loss, metrics = policy_loss(t, totals(), of_algorithm("grpo"))
+    assert loss.item() == metrics["loss"] == pytest.approx(by_loops(t, 14), abs=1e-12)
+    assert metrics["entropy"] == pytest.approx((t.entropy_BT * t.mask_BT).sum().item() / 14)
 
 
-def test_gradient_equals_finite_differences() -> None:
-    b = batch(2, 3)
-    rest = {k: v for k, v in b.items() if k != "logprobs_BT"}
+@pytest.mark.parametrize("name", [name for name, a in ALGORITHMS.items() if a.loss != "cispo"])
+def test_gradient_equals_finite_differences(name: str) -> None:
+    """CISPO's is not that of its value: its weights have none."""
+    t = tokens()
+    settings = of_algorithm(name, clip={"low": 0.2, "high": 0.28})  # bounds that some ratios are within
     assert torch.autograd.gradcheck(
-        lambda x: policy_loss(clipped_objective, x, **rest, total_tokens=6, kl=(0.1, "k3"))[0],
-        b["logprobs_BT"].requires_grad_(),
+        lambda x: policy_loss(t._replace(logprobs_BT=x), totals(), settings)[0], t.logprobs_BT
     )
 
 
-def test_on_policy_gradient_is_minus_the_advantage_per_token() -> None:
-    logprobs = torch.zeros(2, 3, requires_grad=True)
-    advantages, mask = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
-    loss, _ = policy_loss(
-        clipped_objective, logprobs, logprobs.detach(), logprobs.detach(), None, advantages, mask, total_tokens=5
-    )
-    loss.backward()
-    assert torch.allclose(logprobs.grad, torch.tensor([[-2.0, -2, 0], [1, 1, 1]]) / 5)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_on_policy_the_gradient_is_the_policy_gradient(name: str) -> None:
+    t = tokens()
+    t = t._replace(old_BT=t.logprobs_BT.detach(), behaviour_BT=t.logprobs_BT.detach())
+    settings = of_algorithm(name)._replace(kl=None)
+    policy_loss(t, totals(), settings)[0].backward()
+    shares = token_shares(t.mask_BT, settings.aggregation, totals())
+    if settings.ratio == "product":  # a completion's ratio is the product of its tokens'
+        shares = shares * t.mask_BT.sum(-1, keepdim=True)
+    assert torch.allclose(t.logprobs_BT.grad, -t.advantages_BT * shares, atol=1e-12)
 
 
-def test_micro_batches_padding_and_order_do_not_change_the_gradient() -> None:
-    b = batch()
-    weights = torch.randn(6, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("bonus", [0.0, 0.3])
+def test_micro_batches_padding_and_order_do_not_change_the_gradient(name: str, bonus: float) -> None:
+    t, settings = tokens(), of_algorithm(name, entropy_bonus=bonus)
 
-    def gradient(parts: list[list[int]], extra: int) -> torch.Tensor:
-        weights.grad = None
+    def results(parts: list[list[int]], extra: int) -> tuple[torch.Tensor, dict[str, float]]:
+        t.logprobs_BT.grad, metrics = None, []
         for rows in parts:
-            cut = {k: v[rows] for k, v in b.items()}
-            pad = {k: torch.nn.functional.pad(v, (0, extra), value=0.7) for k, v in cut.items() if v.ndim == 2}
-            pad["mask_BT"] = torch.nn.functional.pad(cut["mask_BT"], (0, extra))
-            scale = torch.nn.functional.pad(weights, (0, extra))
-            pad["logprobs_BT"] = pad["logprobs_BT"] + scale
-            policy_loss(clipped_objective, **pad, advantages_B=cut["advantages_B"], total_tokens=14, kl=(0.05, "k3"))[
-                0
-            ].backward()
-        return weights.grad
+            cut = Tokens(*(pad(x[rows], (0, extra), value=0.7) for x in t))
+            cut = cut._replace(mask_BT=pad(t.mask_BT[rows], (0, extra)))
+            loss, told = policy_loss(cut, totals(), settings)
+            loss.backward()
+            metrics.append(told)
+        return t.logprobs_BT.grad.clone(), joined(metrics)
 
-    whole = gradient([[0, 1, 2, 3]], 0).clone()
-    assert torch.allclose(gradient([[2], [3, 0], [1]], 5), whole, atol=1e-12)
+    whole, told = results([[0, 1, 2, 3]], 0)
+    parts, also_told = results([[2], [3, 0], [1]], 5)
+    assert torch.allclose(parts, whole, atol=1e-12)
+    assert also_told == pytest.approx(told, abs=1e-12)
 
 
-def test_an_empty_mask_gives_zero() -> None:
-    b = batch() | {"mask_BT": torch.zeros(4, 6, dtype=torch.float64)}
-    b["logprobs_BT"].requires_grad_()
-    loss, _ = policy_loss(clipped_objective, **b, total_tokens=0, kl=(0.05, "k3"))
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_empty_mask_gives_zero(name: str) -> None:
+    t = tokens()
+    t = t._replace(mask_BT=torch.zeros_like(t.mask_BT))
+    loss, _ = policy_loss(t, Totals(0, 0, 0), of_algorithm(name, entropy_bonus=0.1))
     loss.backward()
     assert loss.item() == 0
-    assert not b["logprobs_BT"].grad.any()
+    assert not t.logprobs_BT.grad.any()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 @pytest.mark.parametrize("junk", [1e4, -1e4, math.inf])
 def test_what_stands_at_masked_places_has_no_effect(name: str, junk: float) -> None:
-    clean, dirty = batch(), batch()
-    for key, sign in (("logprobs_BT", -1), ("old_BT", 1), ("behaviour_BT", -1), ("reference_BT", 1)):
-        dirty[key] = torch.where(dirty["mask_BT"] > 0, dirty[key], sign * junk)
-    results = []
-    for b in (clean, dirty):
-        b["logprobs_BT"].requires_grad_()
-        loss, metrics = policy_loss(OBJECTIVES[name], **b, total_tokens=14, kl=(0.05, "k3"))
-        loss.backward()
-        results.append((loss.item(), metrics, b["logprobs_BT"].grad * b["mask_BT"], b["logprobs_BT"].grad))
-    assert results[0][:2] == results[1][:2]
-    assert torch.equal(results[0][2], results[1][3])
+    clean = tokens()
+    on = clean.mask_BT > 0
+    fields = {"old_BT": junk, "behaviour_BT": -junk, "reference_BT": junk, "advantages_BT": junk, "entropy_BT": -junk}
+    dirty = {k: torch.where(on, getattr(clean, k), v) for k, v in fields.items()}
+    logprobs = torch.where(on, clean.logprobs_BT.detach(), -junk).requires_grad_()
+    settings = of_algorithm(name, entropy_bonus=0.1)
+    one, told = policy_loss(clean, totals(), settings)
+    other, also_told = policy_loss(clean._replace(logprobs_BT=logprobs, **dirty), totals(), settings)
+    one.backward()
+    other.backward()
+    assert told == also_told
+    assert torch.equal(clean.logprobs_BT.grad * clean.mask_BT, logprobs.grad)
 
 
-def test_a_kl_without_a_reference_is_an_error() -> None:
-    b = batch() | {"reference_BT": None}
+def test_what_a_loss_needs_and_lacks_is_an_error() -> None:
     with pytest.raises(ValueError, match="no log-probs of the reference"):
-        policy_loss(clipped_objective, **b, total_tokens=14, kl=(0.05, "k3"))
+        policy_loss(tokens()._replace(reference_BT=None), totals(), LossSettings(kl=(0.05, "k3")))
+    with pytest.raises(ValueError, match="no entropies"):
+        policy_loss(tokens()._replace(entropy_BT=None), totals(), LossSettings(entropy_bonus=0.1))
+
+
+def test_the_entropy_bonus_raises_the_entropy() -> None:
+    logits = torch.tensor([[[2.0, 0.0, 0.0]]], requires_grad=True)
+    for wanted in (False, True):
+        logprobs, entropy = token_logprobs(logits, torch.tensor([[0]]), 1.0, entropy_gradient=wanted)
+        assert logprobs.requires_grad
+        assert entropy.requires_grad == wanted
+    t = Tokens(*(logprobs.detach(),) * 3, torch.zeros(1, 1), torch.ones(1, 1), entropy_BT=entropy)
+    loss, _ = policy_loss(t, Totals(1, 1, 1), LossSettings(entropy_bonus=0.5))
+    assert loss.item() == pytest.approx(-0.5 * entropy.item())
+    loss.backward()
+    p = logits.detach().softmax(-1)
+    # dH/dz = −p (log p + H)
+    assert torch.allclose(logits.grad, 0.5 * p * (p.log() + entropy.detach()[..., None]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +157,7 @@ def test_a_kl_without_a_reference_is_an_error() -> None:
     ],
 )
 def test_clipping_by_hand(ratio: float, advantage: float, expected: float) -> None:
-    got = clipped_objective(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), Clip())
+    got = objectives.clipped(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), ClipConfig())
     assert got.item() == pytest.approx(expected)
 
 
@@ -143,27 +165,32 @@ def test_clipping_by_hand(ratio: float, advantage: float, expected: float) -> No
 def test_cispo_weights_the_gradient_and_never_drops_it(ratio: float, weight: float) -> None:
     logprobs = torch.zeros(1, 1, requires_grad=True)
     ratios = ratio * (logprobs - logprobs.detach()).exp()
-    OBJECTIVES["cispo"](ratios, logprobs, torch.tensor([[-2.0]]), Clip()).sum().backward()
+    objectives.cispo(ratios, logprobs, torch.tensor([[-2.0]]), ClipConfig()).sum().backward()
     assert logprobs.grad is not None
     assert logprobs.grad.item() == pytest.approx(2 * weight)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_policy_all_objectives_have_the_policy_gradient(name: str) -> None:
-    logprobs = torch.randn(2, 3, requires_grad=True)
-    advantages, mask = torch.tensor([2.0, -1.0]), torch.ones(2, 3)
-    old = logprobs.detach()
-    policy_loss(OBJECTIVES[name], logprobs, old, old, None, advantages, mask, total_tokens=6)[0].backward()
-    assert logprobs.grad is not None
-    assert torch.allclose(logprobs.grad, -advantages[:, None].expand(2, 3) / 6)
+def test_ratios_by_hand() -> None:
+    new, old = torch.tensor([[-1.0, -2.0, 5.0]]), torch.tensor([[-1.5, -1.0, -9.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0]])
+    # log-ratios 0.5 and −1: their sum is −0.5, their mean −0.25; at masked places 1 or the completion's
+    for level, expected in {
+        "token": [math.exp(0.5), math.exp(-1), 1.0],
+        "sequence": [math.exp(-0.25)] * 3,
+        "product": [math.exp(-0.5)] * 3,
+    }.items():
+        assert importance_ratio(new, old, mask, level)[0].tolist() == pytest.approx(expected)
 
 
-def test_every_loss_a_recipe_may_name_is_there() -> None:
-    from typing import get_args
-
-    from raylign.trainers.stages import GrpoStage
-
-    assert set(get_args(GrpoStage.model_fields["loss"].annotation)) == set(OBJECTIVES)
+def test_shares_by_hand() -> None:
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    given = Totals(tokens=10, sequences=4, constant=32)  # of a step with other micro-batches besides
+    for aggregation, expected in {
+        "token": [[0.1] * 4, [0.1, 0, 0, 0]],
+        "sequence": [[1 / 16] * 4, [1 / 4, 0, 0, 0]],
+        "constant": [[1 / 32] * 4, [1 / 32, 0, 0, 0]],
+    }.items():
+        assert torch.allclose(token_shares(mask, aggregation, given), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", math.exp(-0.5) + 0.5 - 1)])
@@ -179,12 +206,19 @@ def test_k3_is_unbiased_for_the_kl() -> None:
     assert torch.allclose((p.exp() * kl_penalty(p, q, "k3")).sum(), exact, atol=1e-6)
 
 
-def test_mismatch_weights_are_truncated_and_carry_no_gradient() -> None:
-    old = torch.tensor([[0.0, 1.0, -1.0]], requires_grad=True)
-    weights = mismatch_weights(old, torch.zeros(1, 3), 2.0)
-    assert torch.allclose(weights, torch.tensor([[1.0, 2.0, math.exp(-1)]]))
-    assert not weights.requires_grad
-    assert mismatch_weights(old, torch.zeros(1, 3), None).tolist() == [[1, 1, 1]]
+def test_metrics_of_micro_batches_add_up_and_keep_the_largest() -> None:
+    assert joined([{"kl": 0.25, "mismatch/max": 3.0}, {"kl": 0.5, "mismatch/max": 1.0}]) == {
+        "kl": 0.75,
+        "mismatch/max": 3.0,
+    }
+
+
+def test_mismatch_off_is_logged_and_corrects_nothing() -> None:
+    t = tokens()
+    same = t._replace(behaviour_BT=t.old_BT)
+    off, metrics = policy_loss(t, totals(), LossSettings(mismatch=None))
+    assert off.item() == policy_loss(same, totals(), LossSettings(mismatch=MismatchConfig()))[0].item()
+    assert metrics["mismatch/mean"] > 0
 
 
 def test_token_logprobs_mirror_the_temperature() -> None:
@@ -193,3 +227,17 @@ def test_token_logprobs_mirror_the_temperature() -> None:
     p = 1 / (1 + math.exp(-1))
     assert logprobs.item() == pytest.approx(math.log(p))
     assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+def test_value_loss_by_hand() -> None:
+    values = torch.tensor([[1.0, 3.0, 0.5, 7.0]], requires_grad=True)
+    old, returns = torch.tensor([[1.1, 1.0, 1.0, 7.0]]), torch.tensor([[2.0, 4.0, 0.0, math.inf]])
+    mask = torch.tensor([[1.0, 1, 1, 0]])
+    # held within 0.2 of old: 1, 1.2, 0.8; squares 1 and 1, 1 and 7.84, 0.25 and 0.64
+    loss, metrics = value_loss(values, old, returns, mask, 0.2, Totals(10, 1, 1))
+    assert loss.item() == metrics["value/loss"] == pytest.approx(0.5 * (1 + 7.84 + 0.64) / 10)
+    assert metrics["value/clip_fraction"] == pytest.approx(0.2)
+    loss.backward()
+    assert values.grad.tolist() == [[pytest.approx(-0.1), 0.0, 0.0, 0.0]]  # a clipped value has no gradient
+    plain, _ = value_loss(values, old, returns, mask, None, Totals(10, 1, 1))
+    assert plain.item() == pytest.approx(0.5 * 2.25 / 10)

@@ -11,7 +11,7 @@ from raylign.trainers.adapters import open_base
 from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.policy import Policy, PolicySpec
 from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
-from raylign.trainers.stages import GrpoStage
+from raylign.trainers.stages import ALGORITHMS, OnlineStage
 
 LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 """Tokens of prompt and completion of each sample."""
@@ -25,7 +25,7 @@ def samples() -> list[TrainSample]:
             prompt=random.integers(3, 250, prompt).astype(np.int32),
             tokens=random.integers(3, 250, completion).astype(np.int32),
             behaviour=-random.random(completion).astype(np.float32) * 6,
-            advantage=float(random.normal()),
+            advantages=np.full(completion, random.normal(), np.float32),
             reference=-random.random(completion).astype(np.float32) * 6,
         )
         for prompt, completion in LENGTHS
@@ -37,7 +37,7 @@ def policy(tiny_model: Path) -> Callable[..., Policy]:
     """Builds a policy; options are the stage's."""
 
     def build(**options: object) -> Policy:
-        stage = GrpoStage.model_validate(
+        stage = OnlineStage.model_validate(
             {
                 "adapter": {"r": 4},
                 "data": {"path": "none"},
@@ -89,18 +89,25 @@ def test_rows_line_up_with_the_positions_that_predict_them(tiny_model: Path, sam
 
 
 def test_samples_with_and_without_a_reference_do_not_mix(samples: list[TrainSample]) -> None:
-    bare = TrainSample(prompt=samples[0].prompt, tokens=samples[0].tokens, behaviour=samples[0].behaviour, advantage=1)
+    bare = TrainSample(
+        prompt=samples[0].prompt,
+        tokens=samples[0].tokens,
+        behaviour=samples[0].behaviour,
+        advantages=samples[0].advantages,
+    )
     assert align([bare], "cpu").reference_BK is None
     with pytest.raises(ValueError, match="1 of 5 samples lack the reference's log-probs"):
         align([*samples, bare], "cpu")
 
 
-def test_an_update_does_not_depend_on_the_micro_batches(
-    policy: Callable[..., Policy], samples: list[TrainSample]
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_update_does_not_depend_on_micro_batches_and_order(
+    algorithm: str, policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:
     norms, losses = [], []
-    for tokens in (1, 12, 10_000):
-        metrics = policy(micro_batch_tokens=tokens).update(samples, 0)
+    for tokens, order in ((1, 1), (12, -1), (10_000, 1)):
+        made = policy(type=algorithm, micro_batch_tokens=tokens, entropy_bonus=0.1)
+        metrics = made.update(samples[::order], 0, 0.1)
         norms.append(metrics["grad_norm"])
         losses.append(metrics["loss"])
         assert metrics["updated"] == 1.0
@@ -112,14 +119,14 @@ def test_going_on_from_a_save_is_bit_equal_to_going_on(
     policy: Callable[..., Policy], samples: list[TrainSample], tmp_path: Path
 ) -> None:
     one = policy()
-    one.update(samples, 0)
-    one.update(samples, 1)
+    one.update(samples, 0, 0.1)
+    one.update(samples, 1, 0.1)
     one.save(tmp_path)
     other = policy()
     other.load(tmp_path)
     before = _digest(one)
     assert _digest(other) == before
-    assert one.update(samples, 2) == other.update(samples, 2)
+    assert one.update(samples, 2, 0.1) == other.update(samples, 2, 0.1)
     assert _digest(one) == _digest(other) != before
 
 
@@ -128,4 +135,4 @@ def test_the_policy_computes_without_dropout_and_the_same_twice(
 ) -> None:
     model = policy()._model
     assert not any(module.training for module in model.modules())
-    assert policy().update(samples, 0) == policy().update(samples, 0)
+    assert policy().update(samples, 0, 0.1) == policy().update(samples, 0, 0.1)

@@ -1,0 +1,104 @@
+"""What a stage type presets, what a recipe may override, and what is refused."""
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from raylign.trainers.online import advantages, objectives
+from raylign.trainers.stages import ALGORITHMS, OnlineStage
+
+
+def stage(**fields: Any) -> OnlineStage:
+    return OnlineStage.model_validate(
+        {"data": {"path": "x"}, "rewards": [{"type": "format", "pattern": "x"}], **fields}
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_names_functions_that_exist(name: str) -> None:
+    made = stage(type=name)
+    assert list(inspect.signature(getattr(advantages, made.advantage)).parameters) == ["rewards"]
+    assert len(inspect.signature(getattr(objectives, made.loss)).parameters) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "advantage", "scale", "ratio", "aggregation", "clip"),
+    [
+        ("grpo", "group_mean", "batch", "token", "token", (0.2, 0.28, 3.0)),
+        ("dr_grpo", "group_mean", "none", "token", "constant", (0.2, 0.2, None)),
+        ("dapo", "group_mean", "group", "token", "token", (0.2, 0.28, None)),
+        ("gspo", "group_mean", "group", "sequence", "sequence", (3e-4, 4e-4, None)),
+        ("cispo", "group_mean", "batch", "token", "token", (0.2, 4.0, 3.0)),
+        ("rloo", "leave_one_out", "none", "product", "sequence", (0.2, 0.2, None)),
+        ("reinforce_pp", "returns", "tokens", "token", "token", (0.2, 0.2, None)),
+        ("reinforce_pp_baseline", "group_mean", "tokens", "token", "token", (0.2, 0.2, None)),
+        ("online_dpo", "preference", "none", "product", "sequence", (0.2, 0.28, 3.0)),
+    ],
+)
+def test_presets(
+    name: str, advantage: str, scale: str, ratio: str, aggregation: str, clip: tuple[float, float, float | None]
+) -> None:
+    made = stage(type=name)
+    assert (made.advantage, made.advantage_scale, made.ratio, made.aggregation) == (
+        advantage,
+        scale,
+        ratio,
+        aggregation,
+    )
+    assert (made.clip.low, made.clip.high, made.clip.dual) == clip
+    assert made.loss == ("cispo" if name == "cispo" else "clipped")
+    assert bool(made.kl) == (name == "online_dpo")  # else off unless the recipe has it
+    assert bool(made.dynamic_sampling) == bool(made.overlong) == (name == "dapo")
+
+
+def test_a_preset_reaches_into_a_block_that_the_recipe_opens() -> None:
+    assert (stage(type="rloo", kl={}).kl.place, stage(type="rloo", kl={}).kl.estimator) == ("reward", "k1")
+    assert stage(type="rloo", kl={"place": "loss", "estimator": "k3"}).kl.place == "loss"
+    assert stage(type="grpo", kl={}).kl.place == "loss"
+    assert stage(type="online_dpo").kl.coefficient == 0.1
+    assert stage(type="online_dpo", kl={"coefficient": 0.3}).kl.place == "reward"
+    assert stage(type="reinforce_pp_baseline", kl={"coefficient": 0.1}).kl.estimator == "k2"
+
+
+def test_a_recipe_overrides_single_fields() -> None:
+    made = stage(type="gspo", clip={"high": 0.1}, aggregation="token", loss="cispo")
+    assert (made.clip.low, made.clip.high, made.aggregation, made.loss) == (3e-4, 0.1, "token", "cispo")
+    assert stage(type="dapo", dynamic_sampling=None).dynamic_sampling is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kl": {"estimator": "k1"}}, "k1 in the loss holds nothing back: on samples of the policy its gradient is 0"),
+        (
+            {"type": "reinforce_pp", "advantage_scale": "group"},
+            "advantage_scale group is the spread about groups' means, and advantage returns takes none off: take",
+        ),
+        (
+            {"overlong": {"buffer": 256}},
+            "overlong.buffer 256 leaves no length unpunished: rollout.sampling.max_tokens is 256; take less",
+        ),
+        ({"mismatch": {"high": 0.5}}, "bounds None to 0.5 leave out the ratio 1"),
+        ({"mismatch": {"low": 1.5, "high": 3}}, "bounds 1.5 to 3 leave out the ratio 1"),
+        ({"dynamic_sampling": {"limit": 1}}, "greater than or equal to 2"),
+        ({"type": "online_dpo", "kl": None}, "kl null: advantage preference compares log-ratios to the reference"),
+        ({"type": "online_dpo", "kl": {"estimator": "k3"}}, "kl k3 in the reward: advantage preference compares"),
+        ({"type": "online_dpo", "advantage_scale": "group"}, "DPO's gradient is not scaled by what others of the"),
+        ({"loss": "ppo"}, "'clipped' or 'cispo'"),
+    ],
+)
+def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        stage(**fields)
+
+
+def test_the_stage_and_the_algorithms_of_the_readme_are_these() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (shown,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.S)[0])
+    assert OnlineStage.model_validate(shown).dynamic_sampling.limit == 5
+    table = text.partition("| type | advantage | loss |")[2].partition("```")[0]
+    assert set(re.findall(r"`(\w+)`", re.sub(r"as `grpo`", "", table))) == set(ALGORITHMS)

@@ -1,0 +1,117 @@
+"""From the scored groups of a step to the samples of its update: pure functions, in the order of the ledger.
+
+Shapes: N groups, G completions a group, T completion tokens (of the longest, where an array holds several).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ...rollout.records import Group, Sample
+from ..stages import Estimator, OnlineStage
+from . import advantages
+from .advantages import Rewards
+from .batch import TrainSample
+
+
+def has_variance(group: Group) -> bool:
+    """Whether the completions of a group were worth different rewards; one that could not be scored has none."""
+    return not group.error and len({s.reward for s in group.samples}) > 1
+
+
+def further_prompts(wanted: int, found: int, drawn: int, limit: int) -> int:
+    """How many prompts to draw so that `wanted` groups with variance come together, after `drawn` gave `found`.
+
+    As many as are missing, divided by the share that had variance so far; at most `wanted` at once and `limit` in all.
+    """
+    missing = max(0, wanted - found)
+    likely = math.ceil(missing * drawn / found) if found else wanted
+    return min(likely, wanted, limit - drawn)
+
+
+def chosen(drawn: Sequence[Group], stage: OnlineStage) -> list[Group]:
+    """The groups that an update may learn from: all, or with dynamic sampling the first that have variance."""
+    if not stage.dynamic_sampling:
+        return list(drawn)
+    return [g for g in drawn if has_variance(g)][: stage.prompts_per_step]
+
+
+def shaped(groups: Sequence[Group], stage: OnlineStage) -> list[Group]:
+    """Groups whose long completions lose reward, where the stage asks for it (DAPO 2503.14476, section 3.4).
+
+    Linear in the last tokens of the buffer, from 0 to −penalty at `max_tokens`; a reward part of its own, `overlong`.
+    """
+    if not stage.overlong:
+        return list(groups)
+    buffer, penalty = stage.overlong_buffer, stage.overlong.penalty
+    free = stage.rollout.sampling.max_tokens - buffer
+
+    def punished(sample: Sample) -> Sample:
+        part = -penalty * max(0, len(sample.tokens) - free) / buffer
+        parts = sample.reward_parts | {"overlong": part}
+        return replace(sample, reward=(sample.reward or 0.0) + part, reward_parts=parts)
+
+    return [g if g.error else replace(g, samples=tuple(map(punished, g.samples))) for g in groups]
+
+
+def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
+    """The i-th completion of a group as the policy and the reference take it; advantages `[T]`."""
+    sample = group.samples[i]
+    return TrainSample(
+        prompt=group.prompt,
+        tokens=sample.tokens,
+        behaviour=sample.logprobs,
+        advantages=advantages_T.astype(np.float32),
+        reference=sample.reference,
+    )
+
+
+def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> list[TrainSample]:
+    """What the update trains on: the samples of groups without an error that teach anything.
+
+    A group whose advantages are all 0 is left out, and so are completions that the advantage leaves out, and those cut
+    at `max_tokens` where the stage masks them.
+    """
+    sound = [g for g in groups if not g.error]
+    if not sound:
+        return []
+    rewards = rewards_of(sound, stage, kl_coefficient)
+    raw = getattr(advantages, stage.advantage)(rewards)
+    pushes_NGT = advantages.scaled(raw, rewards.mask_NGT, stage.advantage_scale)
+    return [
+        train_sample(group, i, np.broadcast_to(pushes_GT[i], rewards.mask_NGT.shape[2])[: len(sample.tokens)])
+        for group, pushes_GT in zip(sound, pushes_NGT, strict=True)
+        if pushes_GT.any()
+        for i, sample in enumerate(group.samples)
+        if not np.isnan(pushes_GT[i]).any() and not (stage.mask_truncated and sample.finish_reason == "length")
+    ]
+
+
+def rewards_of(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> Rewards:
+    """What the groups' completions were worth, and their KL where the stage takes it off the reward.
+
+    Its log-probs are the engine's, which drew the tokens.
+    """
+    size, longest = len(groups[0].samples), max(len(s.tokens) for g in groups for s in g.samples)
+    task_NG = np.array([[s.reward for s in g.samples] for g in groups], np.float64)
+    kl_NGT, mask_NGT = np.zeros((2, len(groups), size, longest))
+    for n, group in enumerate(groups):
+        for i, sample in enumerate(group.samples):
+            mask_NGT[n, i, : len(sample.tokens)] = 1
+            if stage.kl and stage.kl.place == "reward":
+                kl_NGT[n, i, : len(sample.tokens)] = _kl(sample, stage.kl.estimator)
+    return Rewards(task_NG, kl_NGT, mask_NGT, kl_coefficient)
+
+
+def _kl(sample: Sample, estimator: Estimator) -> np.ndarray:
+    """Per-token estimates `[T]` of the KL to the reference. Raises `ValueError` where there is none."""
+    import torch
+
+    from .losses import kl_penalty
+
+    if sample.reference is None:
+        raise ValueError("the reward has a KL term, but a sample has no log-probs of the reference")
+    behaviour, reference = torch.tensor(sample.logprobs).double(), torch.tensor(sample.reference).double()
+    return kl_penalty(behaviour, reference, estimator).numpy()

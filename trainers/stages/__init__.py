@@ -1,0 +1,45 @@
+"""The stages of a recipe: one frozen config a training method. Imports neither ray nor torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .algorithms import ALGORITHMS, Algorithm
+from .base import DataConfig, DataFormat, LoraConfig, StageBase
+from .offline import CptStage, DpoStage, SftStage, TrainStage
+from .online import (
+    AdaptiveKl,
+    Aggregation,
+    ClipConfig,
+    Estimator,
+    KlConfig,
+    MismatchConfig,
+    OnlineStage,
+    Ratio,
+    Scale,
+)
+
+StageConfig = Annotated[CptStage | SftStage | DpoStage | OnlineStage, Field(discriminator="type")]
+
+__all__ = [
+    "ALGORITHMS",
+    "AdaptiveKl",
+    "Aggregation",
+    "Algorithm",
+    "ClipConfig",
+    "CptStage",
+    "DataConfig",
+    "DataFormat",
+    "DpoStage",
+    "Estimator",
+    "KlConfig",
+    "LoraConfig",
+    "MismatchConfig",
+    "OnlineStage",
+    "Ratio",
+    "Scale",
+    "SftStage",
+    "StageBase",
+    "StageConfig",
+    "TrainStage",
+]

@@ -1,0 +1,60 @@
+"""What all stages of a recipe share: data, adapters, an optimizer. Imports neither ray nor torch."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from ...cluster.config import Config, Name
+
+DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", "preference", "prompt"]
+
+
+class DataConfig(Config):
+    """Rows of one file, and how to read them.
+
+    `columns` maps the names this toolkit knows (`prompt`, `completion`, `messages`, `chosen`, `rejected`, `text`, …)
+    to the file's own.
+    """
+
+    path: str
+    """A JSONL, JSON, Parquet or text file, relative to the recipe; `prepared://…` is what the recipe's script wrote."""
+    format: DataFormat = "auto"
+    columns: dict[str, str] = Field(default_factory=dict)
+    system: str | None = None
+    """A system message put before every conversation that has none."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first rows."""
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (2106.09685): r 16, alpha 2r, all linear layers, B starts at zero."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(default=16, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    """Scale is alpha / r; 2r by default."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    path: str | None = None
+    """Start from this adapter folder instead of a new one."""
+
+
+class StageBase(Config):
+    """What every stage has: data, an optimizer and a length."""
+
+    name: Name | None = None
+    """Names the stage in metrics and in what is served; its type by default."""
+    data: DataConfig
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; by default one pass over the data."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per optimizer step over all workers."""
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """3 % of the steps by default."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; a tenth of the stage by default. One is always written at the end and on a stop."""

@@ -1,0 +1,248 @@
+"""The stages that sample while they learn, as separate actors. Imports neither ray nor torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ...cluster.config import Config, Resources
+from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
+from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
+from .base import LoraConfig, StageBase
+
+Estimator = Literal["k1", "k2", "k3"]
+"""Of a KL on the policy's own samples (Schulman 2020)."""
+Ratio = Literal["token", "sequence", "product"]
+Aggregation = Literal["token", "sequence", "constant"]
+Scale = Literal["none", "batch", "group", "tokens"]
+
+
+class AdaptiveKl(Config):
+    """A coefficient that follows the measured KL (Ziegler et al. 2019, 1909.08593, section 2.2)."""
+
+    target: float = Field(default=6.0, gt=0)
+    """The KL to hold, in nats a completion."""
+    horizon: int = Field(default=10_000, ge=1)
+    """Completions over which an error of 20 % or more changes the coefficient by 20 %."""
+
+
+class KlConfig(Config):
+    """A penalty on the distance to the reference; without this block there is none and no reference is loaded."""
+
+    coefficient: float = Field(default=0.01, gt=0)
+    """Where `adaptive` moves it, the one of the first step."""
+    estimator: Estimator = "k3"
+    place: Literal["loss", "reward"] = "loss"
+    """A term of the loss, or taken off the reward of every token before advantages are computed."""
+    adaptive: AdaptiveKl | None = None
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self) -> "KlConfig":
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "estimator k1 in the loss holds nothing back: on samples of the policy its gradient is 0 on average; "
+                "take k3 or k2, or place: reward"
+            )
+        return self
+
+
+class ClipConfig(Config):
+    """Bounds of the probability ratio (DAPO 2503.14476) and the dual clip for negative advantages."""
+
+    low: float = Field(default=0.2, gt=0, lt=1)
+    high: float = Field(default=0.28, gt=0)
+    dual: float | None = Field(default=3.0, gt=1)
+
+
+class MismatchConfig(Config):
+    """What is done where the trainer's probability of a sampled token differs from the engine's.
+
+    The ratio trainer / engine of each token, or of the whole completion, weighs its loss. `truncate` bounds it
+    (truncated importance sampling, Yao et al. 2025); `mask` leaves out what is outside the bounds (IcePop, 2510.18855).
+    """
+
+    level: Literal["token", "sequence"] = "token"
+    action: Literal["truncate", "mask"] = "truncate"
+    low: float | None = Field(default=None, gt=0)
+    high: float = Field(default=2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _bounds_hold_one(self) -> "MismatchConfig":
+        if self.high < 1 or (self.low or 0) > 1:
+            raise ValueError(
+                f"bounds {self.low} to {self.high:g} leave out the ratio 1, of a token on which trainer and engine "
+                "agree: take low below 1 and high above"
+            )
+        return self
+
+
+class DynamicSampling(Config):
+    """Groups without variance are replaced by further prompts until the batch is full (DAPO 2503.14476)."""
+
+    limit: int = Field(default=10, ge=2)
+    """At most this many times the step's prompts are drawn; then the step trains on the groups it has."""
+
+
+class OverlongConfig(Config):
+    """A soft punishment of completions that come near `max_tokens` (DAPO 2503.14476, section 3.4).
+
+    Nothing up to `max_tokens − buffer`, then linearly down to −`penalty` at `max_tokens`.
+    """
+
+    buffer: int | None = Field(default=None, ge=1)
+    """Tokens; a fifth of `max_tokens` by default."""
+    penalty: float = Field(default=1.0, gt=0)
+
+
+class OnlineStage(StageBase):
+    """Reinforcement learning with separate policy, reference, reward and rollout actors.
+
+    `type` names an algorithm of `ALGORITHMS`, which sets the defaults of the fields from `advantage` on; each may be
+    overridden. The trainer's log-probs are those of `rollout.sampling.temperature` alone, which must be above 0; what
+    would make the engine draw from another distribution (top-p, top-k, greedy, dropout) is refused.
+    """
+
+    type: AlgorithmName = "grpo"
+    adapter: LoraConfig | None = None
+    steps: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    """Completions per step: prompts times `rollout.group_size`."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: list[RewardConfig] = Field(min_length=1)
+    scoring: ScoringConfig = ScoringConfig()
+    advantage: AdvantageName = "group_mean"
+    """Reward − its group's mean, reward − the mean of the others of its group (RLOO), the returns of each token as they
+    are (REINFORCE++), or what DPO's loss makes of the best and the worst of the group."""
+    advantage_scale: Scale = "batch"
+    """What divides it: nothing (Dr.GRPO), the batch's std (LitePPO), the group's (GRPO); `tokens` takes off the mean
+    over all tokens of the batch and divides by their std (REINFORCE++)."""
+    loss: LossName = "clipped"
+    """The policy objective: PPO's clipped surrogate, or CISPO (2506.13585)."""
+    ratio: Ratio = "token"
+    """The probability ratio that is clipped: each token's, the geometric mean over the completion (GSPO), or the
+    whole completion's (RLOO)."""
+    aggregation: Aggregation = "token"
+    """Mean over all tokens of the step (DAPO), mean of the means of completions (GRPO), or the sum divided by
+    batch_size · max_tokens (Dr.GRPO)."""
+    clip: ClipConfig = ClipConfig()
+    kl: KlConfig | None = None
+    mismatch: MismatchConfig | None = MismatchConfig()
+    """Correction for the engine's arithmetic; none switches it off. The mismatch is logged in any case."""
+    entropy_bonus: float = Field(default=0.0, ge=0)
+    """Coefficient of the mean entropy that is taken off the loss."""
+    mask_truncated: bool = False
+    """Leave completions that were cut at `max_tokens` out of the update; their rewards count in their groups' means."""
+    dynamic_sampling: DynamicSampling | None = None
+    overlong: OverlongConfig | None = None
+    micro_batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens per forward and backward on the policy."""
+    staleness: Literal[0] = 0
+    policy: Resources = Resources()
+    reference: Resources = Resources(cpus=0.5)
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
+    counts as lost; `rollout.timeout_seconds` is for one group's generation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """What the algorithm presets and the recipe leaves open."""
+        algorithm = ALGORITHMS.get(given.get("type", "grpo")) if isinstance(given, dict) else None
+        if algorithm is None:
+            return given
+        merged = dict(given)
+        for path, value in {"advantage": algorithm.advantage, "loss": algorithm.loss, **algorithm.defaults}.items():
+            name, _, key = path.partition(".")
+            block = merged.get(name, {} if cls.model_fields[name].default else None)
+            if not key:
+                merged.setdefault(name, value)
+            elif isinstance(block, dict):
+                merged[name] = {key: value, **block}
+        return merged
+
+    @model_validator(mode="after")
+    def _scale_has_groups(self) -> "OnlineStage":
+        if self.advantage == "returns" and self.advantage_scale in ("group", "batch"):
+            raise ValueError(
+                f"advantage_scale {self.advantage_scale} is the spread about groups' means, and advantage returns "
+                "takes none off: take tokens or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _preference_has_a_reference(self) -> "OnlineStage":
+        if self.advantage != "preference":
+            return self
+        if self.kl is None or (self.kl.place, self.kl.estimator) != ("reward", "k1"):
+            given = f"{self.kl.estimator} in the {self.kl.place}" if self.kl else "null"
+            raise ValueError(
+                f"kl {given}: advantage preference compares log-ratios to the reference, with the coefficient as DPO's "
+                "beta; take kl: {place: reward, estimator: k1}"
+            )
+        if self.advantage_scale != "none":
+            raise ValueError(
+                f"advantage_scale {self.advantage_scale}: DPO's gradient is not scaled by what others of the batch "
+                "have; take none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> "OnlineStage":
+        longest = self.rollout.sampling.max_tokens
+        if self.overlong and self.overlong_buffer >= longest:
+            raise ValueError(
+                f"overlong.buffer {self.overlong_buffer} leaves no length unpunished: rollout.sampling.max_tokens is "
+                f"{longest}; take less, such as {max(1, longest // 5)}"
+            )
+        return self
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Groups of a step."""
+        return self.batch_size // self.rollout.group_size
+
+    @property
+    def overlong_buffer(self) -> int:
+        """How many of the last tokens before `max_tokens` are punished, where they are."""
+        given = self.overlong.buffer if self.overlong else None
+        return given or max(1, self.rollout.sampling.max_tokens // 5)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "OnlineStage":
+        size = self.rollout.group_size
+        if self.batch_size % size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of rollout.group_size {size}: "
+                f"take {max(1, self.batch_size // size) * size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_can_broadcast(self) -> "OnlineStage":
+        if self.rollout.weights.transport == "nccl" and self.policy.gpus < 1:
+            raise ValueError(
+                f"rollout.weights.transport nccl needs a GPU for the policy and policy.gpus is {self.policy.gpus:g}: "
+                "write 1, or take object_store"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_on_what_is_sampled(self) -> "OnlineStage":
+        sampling, reason = self.rollout.sampling, "the trainer's log-probs are those of the temperature alone"
+        if sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature 0: greedy completions of a group are all equal, so there is nothing to "
+                "learn from; take 1.0"
+            )
+        if sampling.top_p < 1:
+            raise ValueError(f"rollout.sampling.top_p {sampling.top_p:g}: {reason}; take 1.0")
+        if sampling.top_k > 0:
+            raise ValueError(f"rollout.sampling.top_k {sampling.top_k}: {reason}; take 0")
+        if sampling.min_p > 0:
+            raise ValueError(f"rollout.sampling.min_p {sampling.min_p:g}: {reason}; take 0")
+        if self.adapter and self.adapter.dropout > 0:
+            raise ValueError(
+                f"adapter.dropout {self.adapter.dropout:g}: the engine samples without dropout, so the trainer's "
+                "log-probs would be of another distribution; take 0"
+            )
+        return self
