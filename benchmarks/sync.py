@@ -64,7 +64,7 @@ class Worker(RolloutActor):
         import ray
 
         tensors = {name: tensor.numpy() for name, tensor in ray.get(held[0]).items() if name != "lm_head.weight"}
-        self._worker._load(None, tensors, {})
+        self._worker._engine.call(lambda engine: engine.load_base(tensors)).result()
 
 
 class Fleet:
