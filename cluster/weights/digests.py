@@ -10,7 +10,10 @@ from ..errors import InputError
 from .pieces import Piece, Tensors, joined
 
 HASH_THREADS = 4
-"""Of one digest, at most. BLAKE3 is a tree: its result does not depend on them."""
+"""Of the digest of a whole model, at most. BLAKE3 is a tree: its result does not depend on them."""
+
+LARGE_BYTES = 64 << 20
+"""Above this several threads hash; they take a while to wake."""
 
 _CONFIG_KEYS = (
     "peft_type",
@@ -54,7 +57,8 @@ def _digest(pieces: Sequence[Piece]) -> str:
     SHA-256 with the processor's own instructions takes 1.7. Both are collision-resistant to 128 bits."""
     from blake3 import blake3
 
-    digest = blake3(max_threads=HASH_THREADS)
+    large = sum(piece.data.nbytes for piece in pieces) > LARGE_BYTES
+    digest = blake3(max_threads=HASH_THREADS if large else 1)
     for piece in pieces:
         digest.update(piece.data.data)
     layout = [entry for piece in pieces for entry in piece.layout]

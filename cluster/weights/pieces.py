@@ -16,7 +16,7 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 
 Entry = tuple[str, str, tuple[int, ...]]
-"""A tensor's name, dtype and shape."""
+"""A tensor's name, dtype (numpy's short form, such as `<f4`) and shape."""
 
 ALIGNMENT = 64
 """Bytes, a line of the processor's cache: what numpy and torch like a tensor to begin at."""
@@ -78,18 +78,13 @@ def _runs(tensors: Tensors) -> Iterator[list[str]]:
 
 def _piece(names: list[str], tensors: Tensors) -> Piece:
     arrays = [tensors[name] for name in names]
-    layout = tuple((name, str(a.dtype), a.shape) for name, a in zip(names, arrays, strict=True))
-    size = piece_bytes(layout)
-    if len(arrays) == 1 and arrays[0].nbytes == size:
-        return Piece(layout, _bytes(arrays[0]))
-    data = np.empty(size, np.uint8)
-    begin = 0
+    layout = tuple((name, array.dtype.str, array.shape) for name, array in zip(names, arrays, strict=True))
+    parts: list[np.ndarray] = []
     for array in arrays:
-        end = begin + array.nbytes
-        data[begin:end] = _bytes(array)
-        begin += _padded(array.nbytes)
-        data[end:begin] = 0
-    return Piece(layout, data)
+        parts.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        if gap := -array.nbytes % ALIGNMENT:
+            parts.append(np.zeros(gap, np.uint8))
+    return Piece(layout, parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
@@ -98,7 +93,3 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
