@@ -12,10 +12,11 @@ import pytest
 import torch
 from raylign.cluster.config import Resources
 from raylign.cluster.errors import RunFailed
-from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest, joined
+from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest, joined, version_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
 from raylign.rollout.records import Group
 from raylign.rollout.worker import RolloutWorker, WorkerSpec
+from raylign.trainers.adapters import export_weights, open_base
 
 from .models import make_adapter
 
@@ -53,6 +54,22 @@ def test_a_worker_generates_from_the_version_it_proved_and_refuses_any_other(
     )
     with pytest.raises(RunFailed, match=r"w has weights \(2, .*needs version 1"):
         worker.generate(group, 1)
+
+
+def test_a_base_that_fails_its_proof_leaves_no_weights(worker: RolloutWorker, tiny_model: Path) -> None:
+    pieces = joined(export_weights(open_base(tiny_model))[0])
+    digest = version_digest(pieces, {}, "base")
+    group = Group(step=0, index=0, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digest)
+    assert worker.set_weights(WeightVersion(1, digest, Parcel(()), {}, "base"), pieces) == digest
+    before = worker.generate(group, 1).samples[0].tokens.tolist()
+
+    for wrong in (pieces, pieces[1:]):  # without its first tensors it does not load either
+        with pytest.raises(RunFailed, match=r"w got weights .* for version 2, not 0000"):
+            worker.set_weights(WeightVersion(2, "0" * 64, Parcel(()), {}, "base"), wrong)
+        with pytest.raises(RunFailed, match="w has weights None"):
+            worker.generate(group, 2)
+    worker.set_weights(WeightVersion(1, digest, Parcel(()), {}, "base"), pieces)
+    assert worker.generate(group, 3).samples[0].tokens.tolist() == before
 
 
 def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_runs(
