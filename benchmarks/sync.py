@@ -29,6 +29,9 @@ from .measured import Case, Contest, Measured
 _ROUNDS = {"adapter": 5, "full": 5, "plain": 1}
 """In a repetition: ten pairs are fifty rounds of what is ours."""
 _WORKERS = (1, 2, 4)
+_WARM_UP_SECONDS = 3.0
+"""Ray gives a version's memory back within a second. After that new versions come into memory that was used before, as
+they do in a long run; fresh pages are zeroed first, which takes longer than the copy."""
 _COPY_BYTES = 256 << 20
 _SECONDS = 300
 
@@ -64,7 +67,7 @@ class Worker(RolloutActor):
         import ray
 
         tensors = {name: tensor.numpy() for name, tensor in ray.get(held[0]).items() if name != "lm_head.weight"}
-        self._worker._load(None, tensors, {})
+        self._worker._engine.call(lambda engine: engine.load_base(tensors)).result()
 
 
 class Fleet:
@@ -216,9 +219,12 @@ def _contest(size: str, workers: int, most: int, ours: str, theirs: str, arena: 
         return 1 / found[ours]
 
     def warm_up() -> None:
-        for kind in (ours, theirs):
-            rounds[kind]()
-            rounds[kind]()
+        until = time.monotonic() + _WARM_UP_SECONDS
+        while True:
+            for kind in (ours, theirs):
+                rounds[kind]()
+            if time.monotonic() > until:
+                return
 
     return Contest(
         ours=partial(repeat, ours), theirs=partial(repeat, theirs), warm_up=warm_up, limit=limit, settings=settings

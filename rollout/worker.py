@@ -5,14 +5,16 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..cluster.errors import RunFailed
-from ..cluster.weights import Tensors, WeightVersion, open_transport, version_digest
+from ..cluster.weights import Piece, Tensors, WeightVersion, open_transport, tensors_of, version_digest
 from .config import RolloutConfig
+from .engine import Engine
 from .engine_thread import EngineThread, collect
 from .engines import ENGINES
 from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey
@@ -48,6 +50,7 @@ class RolloutWorker:
         self._spec = spec
         self._tokenizer = AutoTokenizer.from_pretrained(spec.base)
         self._engine = EngineThread(self._build)
+        self._hashing = ThreadPoolExecutor(1, "digest")
         self._weights: tuple[int, str] | None = None
         self._adapter: str | None = None
         self._lock = threading.Lock()
@@ -73,33 +76,43 @@ class RolloutWorker:
             check_exactness(engine)
         return engine
 
-    def set_weights(self, weights: WeightVersion, tensors: Tensors) -> str:
+    def set_weights(self, weights: WeightVersion, pieces: Sequence[Piece]) -> str:
         """Load a version and return the digest of what was loaded. Raises `RunFailed` when it is another.
 
         What still runs is aborted: a new version comes between steps, so nobody waits for that copy any more.
         """
-        digest = version_digest(tensors, weights.config, weights.base)
-        if digest != weights.digest:
-            raise RunFailed(
-                f"{self.name} got weights {digest[:12]} for version {weights.version}, not {weights.digest[:12]}"
-            )
+        tensors = tensors_of(pieces)
+        proof = self._hashing.submit(version_digest, pieces, weights.config, weights.base)  # beside the loading
         with self._lock:
             for call in self._running:
                 self._stop(call)
             self._aborted.clear()
-            self._load(digest if weights.config else None, tensors, weights.config)
-            self._weights = (weights.version, digest)
-        return digest
+            self._engine.call(lambda engine: self._take(engine, weights, tensors, proof)).result()
+        return weights.digest
 
-    def _load(self, adapter: str | None, tensors: Tensors, config: dict[str, Any]) -> None:
-        """Have the engine take tensors as an adapter under its digest, or as its base."""
-        if adapter is None:
-            self._engine.call(lambda engine: engine.load_base(tensors)).result()
-        elif adapter not in self._engine.call(lambda engine: engine.adapters()).result():
-            self._engine.call(lambda engine: engine.load_adapter(adapter, tensors, config)).result()
-            if self._adapter:
-                self._engine.call(lambda engine, old=self._adapter: engine.drop_adapter(old)).result()
-        self._adapter = adapter
+    def _take(self, engine: Engine, weights: WeightVersion, tensors: Tensors, proof: "Future[str]") -> None:
+        """On the engine's thread: load weights, and use them once they are proved.
+
+        A base is loaded in place, so one that fails leaves no weights; an adapter that fails leaves those before it.
+        """
+        adapter = weights.digest if weights.config else None
+        before = engine.adapters()
+        try:
+            if adapter is None:
+                self._weights = None
+                engine.load_base(tensors)
+            elif adapter not in before:
+                engine.load_adapter(adapter, tensors, weights.config)
+        finally:  # wrong bytes may also be why they did not load
+            if (digest := proof.result()) != weights.digest:
+                for name in set(engine.adapters()) - set(before):
+                    engine.drop_adapter(name)
+                raise RunFailed(
+                    f"{self.name} got weights {digest[:12]} for version {weights.version}, not {weights.digest[:12]}"
+                )
+        if self._adapter not in (None, adapter):
+            engine.drop_adapter(self._adapter)
+        self._adapter, self._weights = adapter, (weights.version, digest)
 
     def generate(self, group: Group, call: int) -> Group | None:
         """Draw the group's completions; blocks until they are done, or None when the call was aborted.
@@ -182,8 +195,8 @@ class RolloutActor:
 
     def set_weights(self, weights: WeightVersion) -> str:
         """Receive a version, load it, report its digest."""
-        tensors = self._transport.receive(weights.parcel, self._name, timeout=self._spec.config.timeout_seconds)
-        return self._worker.set_weights(weights, tensors)
+        pieces = self._transport.receive(weights.parcel, self._name, timeout=self._spec.config.timeout_seconds)
+        return self._worker.set_weights(weights, pieces)
 
     def generate(self, group: Group, call: int) -> Group | None:
         """Draw a group's completions."""

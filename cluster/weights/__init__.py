@@ -4,8 +4,9 @@ A digest names what the bytes are; a version says when a run made them. Both tra
 """
 
 from .collective import Collective, open_transport
-from .digests import Tensors, adapter_digest, base_digest, model_digest, tensors_digest, version_digest
+from .digests import adapter_digest, base_digest, tensors_digest, version_digest
 from .folders import load_adapter, save_adapter
+from .pieces import Piece, Tensors, joined, tensors_of
 from .transport import Channel, ObjectStore, Parcel, Transport
 from .versions import WeightStore, WeightVersion
 
@@ -14,16 +15,18 @@ __all__ = [
     "Collective",
     "ObjectStore",
     "Parcel",
+    "Piece",
     "Tensors",
     "Transport",
     "WeightStore",
     "WeightVersion",
     "adapter_digest",
     "base_digest",
+    "joined",
     "load_adapter",
-    "model_digest",
     "open_transport",
     "save_adapter",
     "tensors_digest",
+    "tensors_of",
     "version_digest",
 ]

@@ -2,18 +2,18 @@
 
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
 from ..config import WeightsConfig
 from ..errors import RunFailed
-from .digests import Tensors
+from .pieces import Entry, Piece, piece_bytes
 from .transport import Channel, ObjectStore, Parcel, Transport
 
 MEET_SECONDS = 60.0
@@ -23,11 +23,11 @@ Backend = Literal["nccl", "gloo"]
 
 
 class Collective:
-    """Broadcasts a version from the policy, rank 0, to every worker at once, bucket by bucket.
+    """Broadcasts a version from the policy, rank 0, to every worker at once, piece by piece.
 
     A group cannot grow and does not survive a death. So the object store has every version too: a worker that is not a
     member, or whose group broke, takes it from there, and the next version is sent through a new group of the workers
-    there are then. With `regroup` off a lost group is a `RunFailed` instead. `timeout` bounds each bucket; gloo sees a
+    there are then. With `regroup` off a lost group is a `RunFailed` instead. `timeout` bounds each piece; gloo sees a
     death at once, NCCL by torch's watchdog after `timeout`. The group's ports know no token: keep them on a network of
     your own (the rendezvous and gloo listen on this node's Ray address only).
     """
@@ -45,25 +45,21 @@ class Collective:
         """Name of the channel that this worker has given up."""
         self._opened = 0
 
-    def send(self, tensors: Tensors, receivers: Iterable[str]) -> Parcel:
-        """Put the tensors into the object store and begin to broadcast them; does not wait for the workers.
+    def send(self, pieces: Sequence[Piece], receivers: Iterable[str]) -> Parcel:
+        """Put the pieces into the object store and begin to broadcast them; does not wait for the workers.
 
         Raises `RunFailed` for a lost group where it may not be replaced.
         """
-        parcel = self._store.send(tensors)
+        parcel = self._store.send(pieces)
         members = tuple(receivers)
         note = self._settle(members)
         if not members:
             return replace(parcel, note=note)
         if self._channel is None:
             self._open(members)
-        layout = tuple(
-            tuple((name, str(array.dtype), array.shape) for name, array in bucket.items())
-            for bucket in self._store.buckets(parcel, timeout=self._timeout)
-        )
         self._broadcast = threading.Thread(target=self._send, args=(parcel,), name="broadcast", daemon=True)
         self._broadcast.start()
-        return replace(parcel, channel=self._channel, layout=layout, note=note)
+        return replace(parcel, channel=self._channel, layouts=tuple(piece.layout for piece in pieces), note=note)
 
     def _settle(self, members: tuple[str, ...]) -> str:
         """Wait for the broadcast before; give up a group that broke or has other members, and say so."""
@@ -93,19 +89,22 @@ class Collective:
         self._channel = Channel(f"{socket.gethostname()}-{port}-{self._opened}", host, port, members)
 
     def _send(self, parcel: Parcel) -> None:
-        """Broadcast a parcel's buckets. What goes wrong is told with the next version; workers notice it themselves."""
+        """Broadcast a parcel's pieces as the store has them, since the policy goes on learning.
+
+        What goes wrong is told with the next version; workers notice it themselves.
+        """
         channel = self._channel
         assert channel is not None
         try:
             if self._group is None:
                 self._group = self._meet_as(0, channel, self._rendezvous)
-            for bucket in self._store.buckets(parcel, timeout=self._timeout):
-                self._move(np.concatenate([_bytes(array) for array in bucket.values()]))
+            for piece in self._store.receive(parcel, "the policy", timeout=self._timeout):
+                self._move(piece.data)
         except Exception as error:  # noqa: BLE001  nobody waits for this thread
             self.close()  # so that no member waits for more
             self._channel, self._trouble = channel, _first_line(error)
 
-    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> Tensors:
+    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> list[Piece]:
         """Take part in the parcel's broadcast where this worker is a member, else read the object store.
 
         Raises `RunFailed` for a broken group where the object store may not stand in.
@@ -115,7 +114,7 @@ class Collective:
             return self._store.receive(parcel, name, timeout=timeout)
         try:
             self._join(channel, name)
-            return dict(tensor for bucket in parcel.layout for tensor in self._take(bucket))
+            return [self._take(layout) for layout in parcel.layouts]
         except RuntimeError as error:
             self.close()
             self._broken = channel.name
@@ -151,21 +150,20 @@ class Collective:
         options._timeout = limit
         return dist.ProcessGroupNCCL(meeting, rank, size, options)
 
-    def _take(self, bucket: tuple[tuple[str, str, tuple[int, ...]], ...]) -> Iterator[tuple[str, np.ndarray]]:
-        """One bucket's tensors, as views of what the broadcast brought."""
-        sizes = [np.dtype(dtype).itemsize * prod(shape) for _, dtype, shape in bucket]
-        received = self._move(np.empty(sum(sizes), np.uint8))
+    def _take(self, layout: tuple[Entry, ...]) -> Piece:
+        """One piece, as the broadcast brought it."""
+        received = self._move(np.empty(piece_bytes(layout), np.uint8))
         received.setflags(write=False)
-        ends = np.cumsum(sizes)
-        for (name, dtype, shape), end, size in zip(bucket, ends, sizes, strict=True):
-            yield name, received[end - size : end].view(dtype).reshape(shape)
+        return Piece(layout, received)
 
     def _move(self, flat: np.ndarray) -> np.ndarray:
         """Broadcast bytes from rank 0: what it gives, and what the others get."""
         import torch
 
         device = "cuda" if self._backend == "nccl" else "cpu"
-        tensor = torch.from_numpy(flat).to(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # rank 0's is read-only, and nothing writes to it
+            tensor = torch.from_numpy(flat).to(device)
         self._group.broadcast(tensor, 0).wait()
         return tensor.cpu().numpy()
 
@@ -190,10 +188,6 @@ def _distributed() -> Any:
     import torch.distributed
 
     return torch.distributed
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _address() -> str:

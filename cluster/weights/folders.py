@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from .digests import Tensors, adapter_digest
+from .digests import adapter_digest
+from .pieces import Tensors
 
 
 def save_adapter(root: Path, tensors: Tensors, config: dict[str, Any], provenance: dict[str, Any]) -> tuple[str, Path]:

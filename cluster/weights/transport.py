@@ -1,18 +1,15 @@
 """How a version's tensors come from the policy to the rollout workers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..calls import get
-from .digests import Tensors
+from .pieces import Entry, Piece
 
 BUCKET_BYTES = 64 << 20
 """Of one object. A node that has a whole object passes it on, so a large model in one object would reach the second
 node only after the first has all of it."""
-
-Layout = tuple[tuple[tuple[str, str, tuple[int, ...]], ...], ...]
-"""Per bucket, its tensors' names, dtypes and shapes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +29,8 @@ class Parcel:
     buckets: tuple[Any, ...]
     channel: Channel | None = None
     """Set where the members of a process group get the version by broadcast."""
-    layout: Layout = ()
-    """What the broadcast carries."""
+    layouts: tuple[tuple[Entry, ...], ...] = ()
+    """Of each piece that the broadcast carries."""
     note: str = ""
     """What the run should say of the way it came, such as that a process group was lost."""
 
@@ -41,12 +38,12 @@ class Parcel:
 class Transport(Protocol):
     """The policy sends, every worker receives; each has an object of its own."""
 
-    def send(self, tensors: Tensors, receivers: Iterable[str]) -> Parcel:
-        """Take a snapshot of the tensors and make it available to workers, those of these names first of all."""
+    def send(self, pieces: Sequence[Piece], receivers: Iterable[str]) -> Parcel:
+        """Take a snapshot of the pieces and make it available to workers, those of these names first of all."""
         ...
 
-    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> Tensors:
-        """The tensors of a parcel, read-only, at the worker of this name. Raises `WorkerLost` when they are gone."""
+    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> list[Piece]:
+        """The pieces of a parcel, read-only, at the worker of this name. Raises `WorkerLost` when they are gone."""
         ...
 
     def close(self) -> None:
@@ -58,32 +55,29 @@ class ObjectStore:
     """Through Ray's object store: put once, in buckets; each node pulls a bucket once, from any node that has it, and
     its workers read the same memory. Workers may come and go."""
 
-    def send(self, tensors: Tensors, receivers: Iterable[str] = ()) -> Parcel:
+    def send(self, pieces: Sequence[Piece], receivers: Iterable[str] = ()) -> Parcel:
         """One copy into shared memory: Ray takes contiguous numpy arrays out of band."""
         import ray
 
-        return Parcel(tuple(ray.put({name: tensors[name] for name in names}) for names in in_buckets(tensors)))
+        return Parcel(tuple(ray.put(bucket) for bucket in in_buckets(pieces)))
 
-    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> Tensors:
+    def receive(self, parcel: Parcel, name: str, *, timeout: float) -> list[Piece]:
         """Views of this node's shared memory, without a copy."""
-        return {key: array for bucket in self.buckets(parcel, timeout=timeout) for key, array in bucket.items()}
-
-    def buckets(self, parcel: Parcel, *, timeout: float) -> list[Tensors]:
-        """The parcel's objects, in order."""
-        return get(list(parcel.buckets), actor="the object store", what="the weights' buckets", timeout=timeout)
+        buckets = get(list(parcel.buckets), actor="the object store", what="the weights' buckets", timeout=timeout)
+        return [piece for bucket in buckets for piece in bucket]
 
     def close(self) -> None:
         """Nothing is held: a version's memory is free when its last reference is."""
 
 
-def in_buckets(tensors: Tensors, limit: int = BUCKET_BYTES) -> list[list[str]]:
-    """Names in their order, cut where a bucket would exceed `limit` bytes; a larger tensor has a bucket of its own."""
-    buckets: list[list[str]] = []
+def in_buckets(pieces: Iterable[Piece], limit: int = BUCKET_BYTES) -> list[list[Piece]]:
+    """Pieces in their order, cut where a bucket would exceed `limit` bytes; a larger piece has a bucket of its own."""
+    buckets: list[list[Piece]] = []
     filled = 0
-    for name, array in tensors.items():
-        if not buckets or filled + array.nbytes > limit:
+    for piece in pieces:
+        if not buckets or filled + piece.data.nbytes > limit:
             buckets.append([])
             filled = 0
-        buckets[-1].append(name)
-        filled += array.nbytes
+        buckets[-1].append(piece)
+        filled += piece.data.nbytes
     return buckets

@@ -113,8 +113,11 @@ class EngineLinear(nn.Module):
             self._grow(number + 1, len(a))
         assert self.factors is not None
         for factors, new in zip(self.factors, (a, b.t()), strict=True):
-            factors[number, : len(new)] = new
-            factors[number, len(new) :] = 0
+            place = factors[number]
+            if len(new) < len(place):
+                place[len(new) :] = 0
+                place = place[: len(new)]
+            place.copy_(new)
         self._cover(number)
         self._has[number] = number
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, r rank, I inputs, O outputs.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,11 +63,13 @@ def parse_adapter(
     """
     _check_config(config)
     pairs: dict[str, list[torch.Tensor | None]] = defaultdict(lambda: [None, None])
-    for name, array in tensors.items():
-        layer, factor = _place(name)
-        if layer not in layers:
-            raise InputError(f"the adapter's {name} has no layer in this model: it was trained on another base")
-        pairs[layer][factor] = _finite(name, array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that is read-only: it may be the object store's
+        for name, array in tensors.items():
+            layer, factor = _place(name)
+            if layer not in layers:
+                raise InputError(f"the adapter's {name} has no layer in this model: it was trained on another base")
+            pairs[layer][factor] = _finite(name, array)
     if not pairs:
         raise InputError("the adapter has no tensors")
     return {layer: _factors(layer, a, b, config, layers[layer]) for layer, (a, b) in pairs.items()}
@@ -93,9 +96,12 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _finite(name: str, array: np.ndarray) -> torch.Tensor:
-    if not np.isfinite(array).all():
+    """A tensor over the same memory where that is float32; nobody writes to it."""
+    numbers = np.ascontiguousarray(array, np.float32)
+    # a sum of squares takes a tenth of the time and is finite only where all are; it may also be too large
+    if not np.isfinite(np.vdot(numbers, numbers)) and not np.isfinite(numbers).all():
         raise InputError(f"the adapter's {name} has numbers that are not finite: its training diverged")
-    return torch.from_numpy(np.array(array, np.float32))
+    return torch.from_numpy(numbers)
 
 
 def _factors(
@@ -111,8 +117,10 @@ def _factors(
             f"({inputs} inputs, {outputs} outputs): it was trained on another base"
         )
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    padding = -rank % _RANK_UNIT
-    return Factors(functional.pad(a, (0, 0, 0, padding)), functional.pad(b * scale, (0, padding)))
+    scaled, padding = b * scale, -rank % _RANK_UNIT
+    if padding:
+        a, scaled = functional.pad(a, (0, 0, 0, padding)), functional.pad(scaled, (0, padding))
+    return Factors(a, scaled)
 
 
 class LoraBank:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from raylign.cluster.config import ElasticWorkers, Resources
 from raylign.cluster.errors import InputError, RunFailed
-from raylign.cluster.weights import ObjectStore, WeightVersion, model_digest
+from raylign.cluster.weights import ObjectStore, WeightVersion, joined, tensors_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
 from raylign.rollout.ledger import Ledger
 from raylign.rollout.pool import RolloutPool
@@ -43,7 +43,7 @@ def _pool(name: str, spec: WorkerSpec, note: Callable[..., None] = lambda kind, 
 
 def _weights(base: Path) -> WeightVersion:
     tensors = load_file(base / "model.safetensors")
-    return WeightVersion(1, model_digest(tensors), ObjectStore().send(tensors), {}, "base")
+    return WeightVersion(1, tensors_digest(tensors), ObjectStore().send(joined(tensors)), {}, "base")
 
 
 def _faulty(folder: Path) -> type:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from raylign.cluster.config import Resources
 from raylign.cluster.errors import RunFailed
-from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest
+from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest, joined, version_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
 from raylign.rollout.records import Group
 from raylign.rollout.worker import RolloutWorker, WorkerSpec
+from raylign.trainers.adapters import export_weights, open_base
 
 from .models import make_adapter
 
@@ -38,19 +39,37 @@ def test_a_worker_generates_from_the_version_it_proved_and_refuses_any_other(
     with pytest.raises(RunFailed, match=r"w has weights None, step 0 group 0 needs version 1"):
         worker.generate(group, 1)
 
-    assert worker.set_weights(WeightVersion(1, digest, Parcel(()), config, "base"), tensors) == digest
+    assert worker.set_weights(WeightVersion(1, digest, Parcel(()), config, "base"), joined(tensors)) == digest
     made = worker.generate(group, 1)
     assert made.worker == "w"
     assert [0 < len(s.tokens) <= 5 for s in made.samples] == [True, True]
 
     with pytest.raises(RunFailed, match=r"for version 2, not 0000"):
-        worker.set_weights(WeightVersion(2, "0" * 64, Parcel(()), config, "base"), tensors)
+        worker.set_weights(WeightVersion(2, "0" * 64, Parcel(()), config, "base"), joined(tensors))
     assert worker.generate(group, 1).samples[0].tokens.tolist() == made.samples[0].tokens.tolist()
 
     tensors = {name: array + 1 for name, array in tensors.items()}
-    worker.set_weights(WeightVersion(2, adapter_digest(tensors, config, "base"), Parcel(()), config, "base"), tensors)
+    worker.set_weights(
+        WeightVersion(2, adapter_digest(tensors, config, "base"), Parcel(()), config, "base"), joined(tensors)
+    )
     with pytest.raises(RunFailed, match=r"w has weights \(2, .*needs version 1"):
         worker.generate(group, 1)
+
+
+def test_a_base_that_fails_its_proof_leaves_no_weights(worker: RolloutWorker, tiny_model: Path) -> None:
+    pieces = joined(export_weights(open_base(tiny_model))[0])
+    digest = version_digest(pieces, {}, "base")
+    group = Group(step=0, index=0, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digest)
+    assert worker.set_weights(WeightVersion(1, digest, Parcel(()), {}, "base"), pieces) == digest
+    before = worker.generate(group, 1).samples[0].tokens.tolist()
+
+    for wrong in (pieces, pieces[1:]):  # without its first tensors it does not load either
+        with pytest.raises(RunFailed, match=r"w got weights .* for version 2, not 0000"):
+            worker.set_weights(WeightVersion(2, "0" * 64, Parcel(()), {}, "base"), wrong)
+        with pytest.raises(RunFailed, match="w has weights None"):
+            worker.generate(group, 2)
+    worker.set_weights(WeightVersion(1, digest, Parcel(()), {}, "base"), pieces)
+    assert worker.generate(group, 3).samples[0].tokens.tolist() == before
 
 
 def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_runs(
@@ -60,7 +79,7 @@ def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_r
     tensors, config = make_adapter(tiny_model, tmp_path, seed=1)
     newer = {name: array + 1 for name, array in tensors.items()}
     digests = [adapter_digest(t, config, "base") for t in (tensors, newer)]
-    worker.set_weights(WeightVersion(1, digests[0], Parcel(()), config, "base"), tensors)
+    worker.set_weights(WeightVersion(1, digests[0], Parcel(()), config, "base"), joined(tensors))
     groups = [
         Group(step=0, index=i, prompt=np.array([5, 6], np.int32), row={}, version=1, digest=digests[0])
         for i in range(3)
@@ -84,7 +103,9 @@ def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_r
         late = threads.submit(worker.generate, groups[0], 8)
         while 8 not in worker._running:
             time.sleep(0.001)
-        loading = threads.submit(worker.set_weights, WeightVersion(2, digests[1], Parcel(()), config, "base"), newer)
+        loading = threads.submit(
+            worker.set_weights, WeightVersion(2, digests[1], Parcel(()), config, "base"), joined(newer)
+        )
         while worker._engine._commands.qsize() < 4:  # the request, its abort, its end, the new adapter
             time.sleep(0.001)
         release.set()

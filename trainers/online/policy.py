@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.errors import RunFailed
-from ...cluster.weights import Tensors, WeightVersion, open_transport, version_digest
+from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
 from ..schedule import learning_rate
 from ..stages import OnlineStage
 from .batch import TrainSample, micro_batches
@@ -195,8 +195,9 @@ class PolicyActor:
     def publish(self, version: int, workers: Sequence[str]) -> WeightVersion:
         """Make the weights as they are now available to these workers, and to any that come later."""
         tensors, config = self._policy.export()
-        digest = self._hashing.submit(version_digest, tensors, config, self._base)  # beside the copying
-        parcel = self._transport.send(tensors, workers)
+        pieces = joined(tensors)
+        digest = self._hashing.submit(version_digest, pieces, config, self._base)  # beside the copying
+        parcel = self._transport.send(pieces, workers)
         return WeightVersion(version=version, digest=digest.result(), parcel=parcel, config=config, base=self._base)
 
     def save(self, folder: Path) -> None:

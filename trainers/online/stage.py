@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from ...cluster.rundir import RunDir
-from ...cluster.weights import ObjectStore, base_digest, save_adapter
+from ...cluster.weights import ObjectStore, base_digest, save_adapter, tensors_of
 from ...rollout.pool import RolloutPool
 from ...rollout.worker import WorkerSpec
 from ..adapters import open_base, save_model
@@ -95,7 +95,7 @@ def _prompts(given: StageInput) -> list[Prompt]:
 def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: OnlineStage, digest: str) -> ModelState:
     """The last published weights as a folder: an adapter under its digest, or a whole model."""
     weights, name = loop.weights, stage_name(stage)
-    tensors = ObjectStore().receive(weights.parcel, "the run", timeout=stage.timeout_seconds)
+    tensors = tensors_of(ObjectStore().receive(weights.parcel, "the run", timeout=stage.timeout_seconds))
     provenance = {"base_digest": digest, "run": run.name, "stage": name, "steps": loop.step}
     if weights.config:
         _, folder = save_adapter(run / "adapters", tensors, weights.config, provenance)

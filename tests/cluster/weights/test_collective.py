@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from raylign.cluster.errors import RunFailed
-from raylign.cluster.weights import Collective, Parcel, Tensors
+from raylign.cluster.weights import Collective, Parcel, Tensors, joined, tensors_of
 
 
 def tensors(seed: int) -> Tensors:
-    """Two buckets' worth of two dtypes; the first tensor is larger than a bucket."""
+    """Two pieces and buckets' worth of two dtypes; the first tensor is larger than a bucket."""
     random = np.random.default_rng(seed)
     return {
         "a": random.random((65, 1 << 18), np.float32),
@@ -29,11 +29,11 @@ class End:
 
     def send(self, seed: int, receivers: tuple[str, ...]) -> Parcel:
         """Send the tensors of a seed."""
-        return self.transport.send(tensors(seed), receivers)
+        return self.transport.send(joined(tensors(seed)), receivers)
 
     def receive(self, parcel: Parcel, name: str, seed: int) -> bool:
         """Whether what arrives are the tensors of a seed."""
-        got, wanted = self.transport.receive(parcel, name, timeout=60), tensors(seed)
+        got, wanted = tensors_of(self.transport.receive(parcel, name, timeout=60)), tensors(seed)
         assert list(got) == list(wanted)
         return all(got[k].dtype == w.dtype and np.array_equal(got[k], w) for k, w in wanted.items())
 
@@ -67,7 +67,7 @@ def test_a_fleet_gets_a_version_by_broadcast_and_survives_a_death(ends: list[Any
     policy, *workers = ends
     names = ("w0", "w1", "w2")
     first = ray.get(policy.send.remote(1, names[:2]))
-    assert [len(bucket) for bucket in first.layout] == [1, 2]
+    assert [len(layout) for layout in first.layouts] == [1, 2]
     assert not first.note
     assert everyone(workers[:2], without_store(first), 1)
     assert ray.get(workers[2].receive.remote(first, "w2", 1))  # no member: it came later

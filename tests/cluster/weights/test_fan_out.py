@@ -45,11 +45,11 @@ class Reader:
     def receive(self, parcel: Any, digest: str) -> tuple[bool, int]:
         """Whether these are the weights of a digest, and how much memory of its own the worker has more than before."""
         import psutil
-        from raylign.cluster.weights import model_digest
+        from raylign.cluster.weights import tensors_digest, tensors_of
 
         before = psutil.Process().memory_full_info().uss
-        self._held = self._transport.receive(parcel, "reader", timeout=60)
-        return model_digest(self._held) == digest, psutil.Process().memory_full_info().uss - before
+        self._held = tensors_of(self._transport.receive(parcel, "reader", timeout=60))
+        return tensors_digest(self._held) == digest, psutil.Process().memory_full_info().uss - before
 
 
 def stores() -> list[dict[str, int]]:
@@ -71,7 +71,7 @@ def scenario() -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
     from raylign.cluster.session import loopback_host
-    from raylign.cluster.weights import ObjectStore, model_digest
+    from raylign.cluster.weights import ObjectStore, joined, tensors_digest
 
     hosts = [{"node_ip_address": host} if (host := loopback_host(n)) else {} for n in (2, 3, 4)]
     nodes = [{"num_cpus": 1, "resources": {f"n{i}": 2}, "object_store_memory": 300 * MB} | hosts[i] for i in range(3)]
@@ -83,7 +83,7 @@ def scenario() -> dict[str, Any]:
         tensors = {f"t{i}": np.full(10 * MB, i, np.float32) for i in range(3)}
         readers = {w: ray.remote(Reader).options(num_cpus=0, resources={f"n{w[0]}": 1}).remote() for w in WORKERS}
         ray.get([reader.__ray_ready__.remote() for reader in readers.values()])
-        parcel, digest = ObjectStore().send(tensors), model_digest(tensors)
+        parcel, digest = ObjectStore().send(joined(tensors)), tensors_digest(tensors)
         taken, got = [stores()], []
         for k in range(2):
             got += ray.get([readers[node, k].receive.remote(parcel, digest) for node in range(3)], timeout=90)

@@ -4,24 +4,24 @@ import time
 
 import numpy as np
 import pytest
-from raylign.cluster.weights import ObjectStore
+from raylign.cluster.weights import ObjectStore, Piece, joined, tensors_of
 from raylign.cluster.weights.transport import in_buckets
 
 
-def test_buckets_are_cut_by_size_in_the_order_of_names() -> None:
+def test_buckets_are_cut_by_size_in_their_order() -> None:
     sizes = {"a": 3, "b": 5, "c": 1, "d": 20, "e": 0, "f": 8}
-    tensors = {name: np.zeros(size, np.uint8) for name, size in sizes.items()}
-    assert in_buckets(tensors, limit=8) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
-    assert in_buckets({"z": np.zeros(0, np.float32)}, limit=8) == [["z"]]
-    assert in_buckets({}) == []
+    pieces = [Piece(((name, "uint8", (size,)),), np.zeros(size, np.uint8)) for name, size in sizes.items()]
+    cut = in_buckets(pieces, limit=8)
+    assert [[piece.layout[0][0] for piece in bucket] for bucket in cut] == [["a", "b"], ["c"], ["d"], ["e", "f"]]
+    assert in_buckets([]) == []
 
 
 def test_a_parcel_is_a_snapshot_that_nobody_can_write(ray_session: str) -> None:
     tensors = {"a": np.arange(30 << 20, dtype=np.float32), "b": np.arange(3, dtype=np.int64), "c": np.ones((), np.int8)}
-    parcel = ObjectStore().send(tensors)
+    parcel = ObjectStore().send(joined(tensors))
     assert len(parcel.buckets) == 2
     tensors["a"][:] = 0  # the policy goes on learning
-    got = ObjectStore().receive(parcel, "w", timeout=30)
+    got = tensors_of(ObjectStore().receive(parcel, "w", timeout=30))
     assert [(k, v.dtype, v.shape) for k, v in got.items()] == [(k, v.dtype, v.shape) for k, v in tensors.items()]
     assert np.array_equal(got["a"], np.arange(30 << 20, dtype=np.float32))
     with pytest.raises(ValueError, match="read-only"):
@@ -38,10 +38,10 @@ def test_a_version_that_nobody_refers_to_takes_no_memory(ray_session: str) -> No
 
     before, size = used(), 16 << 20
     for version in range(4):
-        parcel = ObjectStore().send({"a": np.full(size, version, np.uint8)})  # the one before is forgotten
-        assert ObjectStore().receive(parcel, "w", timeout=30)["a"][-1] == version
+        parcel = ObjectStore().send(joined({"a": np.full(size, version, np.uint8)}))  # the one before is forgotten
+        assert ObjectStore().receive(parcel, "w", timeout=30)[0].data[-1] == version
     assert used() >= size
     give_up = time.monotonic() + 60
     while used() > before + size + (1 << 20):
         assert time.monotonic() < give_up
-    assert ObjectStore().receive(parcel, "w", timeout=30)["a"][0] == 3
+    assert ObjectStore().receive(parcel, "w", timeout=30)[0].data[0] == 3

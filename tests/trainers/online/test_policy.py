@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from raylign.cluster.weights import version_digest
+from raylign.cluster.weights import joined, version_digest
 from raylign.trainers.adapters import open_base
 from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.policy import Policy, PolicySpec
@@ -54,7 +54,8 @@ def policy(tiny_model: Path) -> Callable[..., Policy]:
 
 
 def _digest(policy: Policy) -> str:
-    return version_digest(*policy.export(), "")
+    tensors, config = policy.export()
+    return version_digest(joined(tensors), config, "")
 
 
 def test_log_probs_are_those_of_each_row_alone(tiny_model: Path, samples: list[TrainSample]) -> None:
