@@ -162,6 +162,8 @@ class GrpoStage(StageBase):
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
     counts as lost; `rollout.timeout_seconds` is for one group's generation."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often without a finished step in between policy, reference and rewards are started anew after one was lost."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GrpoStage":

@@ -80,7 +80,7 @@ def run_online_stage(
         steps=loop.step,
         seconds=time.time() - began,
         stopped=loop.stopped,
-        restarts=pool.restarts,
+        restarts=pool.restarts + loop.restarts,
         version=loop.version,
         workers=loop.workers_seen,
     )

@@ -27,11 +27,12 @@ def begin(
         "stages__0__checkpoint_every": 2,
         "stages__0__rollout__resources": "{cpus: 3}",
         "stages__0__rollout__timeout_seconds": 5,
+        "stages__0__rewards": "[{type: function, path: 'rewards.py:held'}]",
         "cluster": "{wait_seconds: 30, cpus: 8}",
     }
 
-    def begin(name: str, steps: int, *, resume: bool = False) -> tuple[RunDir, dict[str, Any]]:
-        path = tiny_grpo(name, stages__0__steps=steps, **hurried)
+    def begin(name: str, steps: int, *, resume: bool = False, **more: Any) -> tuple[RunDir, dict[str, Any]]:
+        path = tiny_grpo(name, stages__0__steps=steps, **hurried, **more)
         run = open_run(load_recipe(path), tmp_path, named=True, resume=resume)
         return run, launch(load_recipe(path), run, lambda _: None)
 
@@ -57,6 +58,14 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
         raise errors[0]
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep the run from ending meanwhile: no reward answers."""
+    (folder / "hold").touch()
+    yield
+    (folder / "hold").unlink()
+
+
 def until(what: str, holds: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -70,7 +79,37 @@ def pid_of(actor: str) -> int:
     return next(a["Pid"] for a in actors(actor_state_name="ALIVE").values() if a["Name"] == actor)
 
 
-def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
+def without_seconds(run: RunDir) -> list[dict[str, Any]]:
+    """The metrics that a repetition must give again."""
+    clocks = ("time", "tokens_per_second")
+    return [{k: v for k, v in m.items() if k not in clocks and not k.startswith("seconds/")} for m in run.all_metrics()]
+
+
+def test_a_policy_that_dies_or_hangs_is_started_anew_and_what_it_had_learned_is_learned_again(
+    begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
+) -> None:
+    calm, undisturbed = begin("calm", 8)
+    run = RunDir(tmp_path / "dies")
+
+    def trouble() -> None:
+        until("three steps are done", lambda: len(run.all_metrics()) >= 3)
+        with held(tmp_path):
+            os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
+        until("it is replaced", lambda: bool(run.events("resumed")))
+        with held(tmp_path):
+            os.kill(pid_of("dies/grpo/policy-0"), signal.SIGSTOP)
+
+    with meanwhile(trouble):
+        _, healed = begin("dies", 8, stages__0__timeout_seconds=5)
+    assert healed["status"] == "succeeded"
+    assert healed["weights"] == undisturbed["weights"]
+    assert healed["restarts"] == 2
+    assert [e["roles"] for e in run.events("role_lost")] == [["policy-0"], ["policy-0"]]
+    assert [m["step"] for m in run.all_metrics()] == list(range(8))
+    assert without_seconds(run) == without_seconds(calm)
+
+
+def test_a_policy_that_dies_again_and_again_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
     begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
 ) -> None:
     _, undisturbed = begin("calm", 8)
@@ -78,10 +117,11 @@ def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
 
     def kill() -> None:
         until("three steps are done", lambda: len(run.all_metrics()) >= 3)
-        os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
+        with held(tmp_path):
+            os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
 
     with meanwhile(kill), pytest.raises(RunFailed, match=r"policy-0 was lost during .*; the last checkpoint is step"):
-        begin("dies", 8)
+        begin("dies", 8, stages__0__max_failures=0)
     assert RunFailed.exit_code == RaylignError.exit_code == 1
     failed = run.summary()
     assert failed["status"] == "failed"
