@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..cluster import supervisor
 from .output import answer, notes, print_json, print_table
 from .progress import progress_of
 
@@ -36,7 +37,7 @@ def run(
     overrides += [f"cluster.address={address}"] if address else []
     config = load_recipe(recipe, overrides)
 
-    from ..trainers.launch import open_run
+    from ..trainers.opening import open_run
 
     directory = open_run(config, storage or Path(config.storage), named=name is not None, resume=resume)
     if keep_source:
@@ -49,7 +50,7 @@ def run(
 def go(config: Any, directory: Any, *, json: bool) -> None:
     """Launch or go on with a run, show its progress, print how it ended. Exits with 1 when it was stopped.
 
-    One that has succeeded is left as it is.
+    What follows works in a process of its own, under a supervisor. One that has succeeded is left as it is.
     """
     if directory.summary().get("status") == directory.status().get("status") == "succeeded":
         notes.print(f"{directory.name} has succeeded already; it is not started again", highlight=False)
@@ -57,11 +58,16 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
         print_json(summary) if json else _print_summary(summary, directory)
         return
 
-    from ..trainers.launch import launch
+    def say(text: str) -> None:
+        notes.print(f"[dim]{text}[/dim]", highlight=False)
 
     notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
+    again = supervisor.supervised(directory, config.controller, say)
+
+    from ..trainers.launch import launch
+
     with progress_of(directory):
-        summary = launch(config, directory, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+        summary = launch(config, directory, say, again=again)
     print_json(summary) if json else _print_summary(summary, directory)
     if summary["status"] != "succeeded":
         raise typer.Exit(1)

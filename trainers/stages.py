@@ -163,7 +163,7 @@ class GrpoStage(StageBase):
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
     counts as lost; `rollout.timeout_seconds` is for one group's generation."""
     max_failures: int = Field(default=2, ge=0)
-    """How often without a finished step in between policy, reference and rewards are started anew after one was lost."""
+    """How often, without a finished step in between, lost roles (policy, reference, rewards) are started anew."""
 
     @model_validator(mode="after")
     def _whole_groups(self) -> "GrpoStage":

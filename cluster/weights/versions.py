@@ -56,7 +56,7 @@ class WeightStore:
         return self._put(weights)
 
     def begin_at(self, weights: WeightVersion) -> WeightVersion:
-        """Go on from a version: the first one, or an earlier one again. Raises `RunFailed` if its content has changed."""
+        """Go on from a version: the first, or an earlier one again. Raises `RunFailed` if its content is another."""
         self._refuse_another(weights)
         return self._put(weights)
 

@@ -75,8 +75,9 @@ class Roles:
     def start(self, *, tick: Tick) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
 
-        Returns whether the policy is a new one, which has learned nothing yet. Raises `DoesNotFit` for one without a place after `wait_seconds`, `WorkerLost` for one that is not up
-        `LOAD_SECONDS` later, and what a constructor raised.
+        Returns whether the policy is a new one, which has learned nothing yet. Raises `DoesNotFit` for one without a
+        place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
+        raised.
         """
         from ...rollout.rewards.scorer import Scorer
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from raylign.cluster.errors import RaylignError, RunFailed
 from raylign.cluster.rundir import RunDir
-from raylign.trainers.launch import launch, open_run
+from raylign.trainers.launch import launch
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 
 
