@@ -59,6 +59,8 @@ class StageBase(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; a tenth of the stage by default. One is always written at the end and on a stop."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many checkpoints stay; the one before the newest is for a newest that turns out to be damaged."""
 
 
 class TrainStage(StageBase):
@@ -130,6 +132,15 @@ class ClipConfig(Config):
     dual: float | None = Field(default=3.0, gt=1)
 
 
+class KeepBest(Config):
+    """Checkpoints that stay, beside the last ones, because a metric was best in the steps that led to them."""
+
+    count: int = Field(default=1, ge=1)
+    metric: str = "reward/mean"
+    """Any metric of a step; its mean over the steps since the checkpoint before counts."""
+    mode: Literal["max", "min"] = "max"
+
+
 class GrpoStage(StageBase):
     """Group-relative policy optimization (2402.03300) with separate policy, reference, reward and rollout actors.
 
@@ -157,6 +168,7 @@ class GrpoStage(StageBase):
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward and backward on the policy."""
     staleness: Literal[0] = 0
+    keep_best: KeepBest | None = None
     policy: Resources = Resources()
     reference: Resources = Resources(cpus=0.5)
     timeout_seconds: float = Field(default=1800.0, gt=0)

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KEEP_LAST = 2
+from ...cluster.errors import RunFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How many checkpoints stay: the `last`, and beside them the `best`, those whose state has the highest `score`."""
+
+    last: int = 2
+    best: int = 0
+
+
+_KEEP = Keep()
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +32,14 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def write_checkpoint(root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> Checkpoint:
+def write_checkpoint(
+    root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None], keep: Keep = _KEEP
+) -> Checkpoint:
     """Write `root/step-000120` with what `fill` puts into the folder, `state.json` and a manifest of digests.
 
     `step` counts finished steps. A checkpoint of that step that is there already is replaced; of those up to this step
-    the last two stay. Torn ones are set aside as `torn-step-000130`, so that they do not count. One that cannot be
-    written leaves nothing.
+    step those stay that `keep` says. Torn ones are set aside as `torn-step-000130`, so that they do not count. One that
+    cannot be written leaves nothing: where the disk is full, that is a `RunFailed`.
     """
     final = root / f"step-{step:06d}"
     draft = root / f".{final.name}"
@@ -34,14 +47,16 @@ def write_checkpoint(root: Path, step: int, state: dict[str, Any], fill: Callabl
     draft.mkdir(parents=True)
     try:
         _write(draft, step, state, fill)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)  # on a full disk its space is what the user needs
+        if isinstance(error, OSError):
+            raise RunFailed(f"the checkpoint of step {step} cannot be written to {root}: {error.strerror}") from error
         raise
     if final.exists():
         shutil.rmtree(final)
     os.rename(draft, final)
     _fsync(root)
-    _prune(root, final)
+    _prune(root, final, keep)
     return Checkpoint(final, step, state)
 
 
@@ -53,8 +68,8 @@ def _write(draft: Path, step: int, state: dict[str, Any], fill: Callable[[Path],
         _fsync(path)
 
 
-def _prune(root: Path, newest: Path) -> None:
-    """Keep the last checkpoints up to `newest`, and whole ones after it; set torn ones aside."""
+def _prune(root: Path, newest: Path, keep: Keep) -> None:
+    """Keep the last and best checkpoints up to `newest`, and whole ones after it; set torn ones aside."""
     kept = []
     for path in sorted(root.glob("step-*")):
         if path == newest or (_is_valid(path) if path.name > newest.name else _is_complete(path)):
@@ -63,8 +78,13 @@ def _prune(root: Path, newest: Path) -> None:
             aside = path.with_name(f"torn-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-    for old in kept[:-KEEP_LAST]:
+    best = sorted((p for p in kept if _score(p) is not None), key=lambda p: (_score(p), p.name))
+    for old in set(kept[: -keep.last]) - set(best[len(best) - keep.best :]):
         shutil.rmtree(old)
+
+
+def _score(path: Path) -> float | None:
+    return json.loads((path / "state.json").read_text()).get("score")
 
 
 def latest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:

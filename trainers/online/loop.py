@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.calls import Wait
-from ...cluster.errors import RaylignError, RunFailed, WorkerFailed, WorkerLost
+from ...cluster.errors import InputError, RaylignError, RunFailed, WorkerFailed, WorkerLost
 from ...cluster.rundir import RunDir
 from ...cluster.weights import WeightStore, WeightVersion
 from ...rollout.ledger import GroupState, Ledger
@@ -32,7 +32,7 @@ from ..schedule import prompts_of_step
 from ..stages import GrpoStage
 from .advantages import group_advantages
 from .batch import TrainSample
-from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
+from .checkpoints import Checkpoint, Keep, latest_checkpoint, write_checkpoint
 from .metrics import rollout_metrics, spans_by_worker
 from .roles import Roles
 
@@ -84,6 +84,8 @@ class OnlineLoop:
         """How often roles were started anew."""
         self.step = 0
         self.stopped = False
+        self._scores: list[float] = []
+        """What `keep_best` goes by, of the steps since the last checkpoint."""
         self.last_metrics: dict[str, float] = {}
         self.workers_seen = (pool.target, pool.target)
 
@@ -242,6 +244,7 @@ class OnlineLoop:
         low, high = self.workers_seen
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self.last_metrics = metrics
+        self._scores += self._score_of(metrics)
         self._run.metrics(self._name, step, metrics)
         self._roles.write_samples(step, groups)
         self._say(step + 1)
@@ -252,6 +255,7 @@ class OnlineLoop:
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
         self.step, self._saved = (checkpoint.step, checkpoint.step) if checkpoint else (0, None)
+        self._scores = []
         if checkpoint:
             self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
             self._roles.load(checkpoint.path, tick=self._tick)
@@ -282,10 +286,27 @@ class OnlineLoop:
         current = self._weights.current
         state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
         state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
+        best = self._stage.keep_best
+        state |= {"score": float(np.mean(self._scores))} if self._scores else {}
+        keep = Keep(self._stage.keep_last, best.count if best else 0)
         with self._phase("checkpoint"):
-            write_checkpoint(self._checkpoints, self.step, state, partial(self._roles.save, tick=self._look_after))
-        self._saved = self.step
+            save = partial(self._roles.save, tick=self._look_after)
+            write_checkpoint(self._checkpoints, self.step, state, save, keep)
+        self._saved, self._scores = self.step, []
         self._run.event("checkpoint", stage=self._name, step=self.step)
+
+    def _score_of(self, metrics: dict[str, float]) -> list[float]:
+        """The metric that `keep_best` goes by, the higher the better; none in a step that has nothing to measure.
+
+        Raises `InputError` where no step has it.
+        """
+        best = self._stage.keep_best
+        if best is None or "reward/mean" not in metrics:
+            return []
+        if best.metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
+        return [metrics[best.metric] * (1 if best.mode == "max" else -1)]
 
     def _train_sample(self, group: Group, i: int, advantage: float) -> TrainSample:
         sample = group.samples[i]
