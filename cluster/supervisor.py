@@ -6,7 +6,6 @@ is ended before the next one begins; nothing else on the machine is looked at.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,14 +16,13 @@ from typing import Any
 import psutil
 
 from .config import ControllerConfig
-from .processes import end, running
+from .processes import adopt_orphans, descendants, end, end_with
 from .rundir import AT_WORK, RunDir
 
 _LOOK_SECONDS = 0.1
 _LONGEST_PAUSE = 60.0
 _REFUSALS = (2, 3, 4, 5)
 """Exit codes that another attempt would give again."""
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def supervised(run: RunDir, config: ControllerConfig, say: Callable[[str], None]) -> bool:
@@ -47,14 +45,14 @@ class _Supervisor:
 
     def watch(self) -> bool:
         """Keep a controller until it ends by itself; returns in each of them, whether it is not the first."""
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         seen, failures, again = self._progress(), 0, False
         while self._start(before):
             code = self._wait()
             if not self._died(code):
                 raise SystemExit(code if code >= 0 else 128 - code)
-            end(_descendants)
+            end(descendants)
             made = self._progress()
             failures = 1 if made - seen else failures + 1
             seen, again = seen | made, True
@@ -69,9 +67,7 @@ class _Supervisor:
         if not child:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # where the supervisor is killed, the run stops
-            if os.getppid() != parent:
-                signal.raise_signal(signal.SIGTERM)
+            end_with(parent)  # where the supervisor is killed, the run stops
             return False
         self._child = child
         if self._asked:
@@ -127,17 +123,3 @@ class _Supervisor:
         kept = {str(path) for path in self._run.path.glob("checkpoints/*/*")}
         finished = self._run / "progress.json"
         return kept | ({finished.read_text()} if finished.exists() else set())
-
-
-def _descendants() -> list[psutil.Process]:
-    """The running processes that a dead controller left, which are children of this one now; the dead are buried."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    return [p for p in psutil.Process().children(recursive=True) if running(p)]
-
-
-def _prctl(option: int, value: int) -> None:
-    """Set an option of this process; systems other than Linux have none."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -1,0 +1,214 @@
+"""The kill matrix, whole: `python -m benchmarks.chaos`, from the root of the repository.
+
+One run of a tiny model goes on undisturbed. A second one of the same recipe suffers every cell of the matrix, one every
+other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say so), it is
+resumed. Needs root for the disk of a fixed size.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from . import results
+from .cells import FAULTS, PHASES, ROLES, Cell, all_cells, impossible
+
+RECIPE = """\
+name: chaos
+seed: 5
+model: {{path: {model}}}
+stages:
+  - type: grpo
+    adapter: {{type: lora, r: 4}}
+    data: {{path: prompts.jsonl}}
+    steps: {steps}
+    batch_size: 32
+    learning_rate: 1e-3
+    checkpoint_every: 2
+    timeout_seconds: 6
+    rollout:
+      workers: 2
+      group_size: 8
+      sampling: {{max_tokens: 12}}
+      max_prompt_tokens: 40
+      slots: 16
+      timeout_seconds: 6
+      health_seconds: 4
+    rewards: [{{type: function, path: "rewards.py:vowels"}}]
+    kl: {{coefficient: 0.01}}
+cluster: {{cpus: 8{address}}}
+controller: {{pause_seconds: 0.1, hang_seconds: 2}}
+"""
+REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
+_DISK = "64m"
+_LIMIT_SECONDS = 1800.0
+
+
+def steps_of(cells: Sequence[Cell]) -> int:
+    """One cell every other step, at odd ones, after which there is a checkpoint; and quiet before and after."""
+    return 2 * len(cells) + 2
+
+
+def write_recipe(folder: Path, model: Path, steps: int, address: str = "") -> Path:
+    """The recipe of both runs, in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(10)))
+    recipe = folder / "chaos.yaml"
+    recipe.write_text(RECIPE.format(model=model, steps=steps, address=f", address: '{address}'" if address else ""))
+    return recipe
+
+
+def suffer(recipe: Path, storage: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A run under its supervisor through these cells, resumed where one ends it; what happened to each of them.
+
+    `seconds` is from the fault to the end of the next step, `outcome` `healed` or `ended, resumed`.
+    """
+    storage.mkdir(parents=True, exist_ok=True)
+    plan = recipe.with_name(f"{storage.name}.json")
+    planned = [{"step": 2 * i + 1, **asdict(cell)} for i, cell in enumerate(cells)]
+    plan.write_text(json.dumps(planned))
+    ended: set[int] = set()
+    while code := _run(recipe, storage, plan):
+        last = max(done["number"] for done in _done(plan))
+        if code != 1 or last in ended:
+            raise RuntimeError(f"the run ended with code {code} after {planned[last]}")
+        ended.add(last)
+        (storage / "ballast").unlink(missing_ok=True)
+    metrics = _lines(storage / "chaos/metrics.jsonl")
+    return [_told(planned[d["number"]], d, d["number"] in ended, metrics) for d in _done(plan)]
+
+
+def _run(recipe: Path, storage: Path, plan: Path) -> int:
+    """Run to an end; its exit code. Raises `RuntimeError` where a process is left or it takes too long."""
+    before = set(psutil.Process().children(recursive=True))
+    command = [sys.executable, "-m", "benchmarks.saboteur", str(recipe), str(storage), str(plan)]
+    with (recipe.parent / "log").open("a") as log:
+        code = subprocess.run(command, stderr=log, timeout=_LIMIT_SECONDS).returncode
+    give_up = time.monotonic() + 10
+    while left := [p for p in psutil.Process().children(recursive=True) if p not in before and _runs(p)]:
+        if time.monotonic() > give_up:
+            raise RuntimeError(f"left by the run: {left}")
+        time.sleep(0.1)
+    return code
+
+
+def _runs(process: psutil.Process) -> bool:
+    from raylign.cluster.processes import running
+
+    return running(process)
+
+
+def _told(cell: dict[str, Any], done: dict[str, Any], ended: bool, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    following = cell["step"] + (cell["phase"] == "checkpoint")
+    back = min(m["time"] for m in metrics if m["step"] >= following and m["time"] > done["time"])
+    outcome = "ended, resumed" if ended else "healed"
+    return {**cell, "outcome": outcome, "seconds": round(back - done["time"], 1)}
+
+
+def _done(plan: Path) -> list[dict[str, Any]]:
+    return _lines(Path(f"{plan}.done"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def differences(calm: Path, troubled: Path) -> dict[int, list[str]]:
+    """Step → what two runs of one recipe differ in; empty where they are the same but for the clock."""
+    found: dict[int, list[str]] = {}
+    for what, read in (("metrics", _metrics), ("samples", _samples)):
+        ours, theirs = read(calm), read(troubled)
+        for step in sorted({*ours, *theirs}):
+            if ours.get(step) != theirs.get(step):
+                found.setdefault(step, []).append(what)
+    return found
+
+
+def _metrics(run: Path) -> dict[int, Any]:
+    from raylign.cluster.rundir import RunDir
+
+    clocks = ("time", "tokens_per_second", "workers/rollout")
+    return {
+        m["step"]: {k: v for k, v in m.items() if k not in clocks and not k.startswith("seconds/")}
+        for m in RunDir(run).all_metrics()
+    }
+
+
+def _samples(run: Path) -> dict[int, Any]:
+    """Step → its samples with their groups, so that one lost or trained twice would show."""
+    import pyarrow.parquet as pq
+
+    return {int(path.stem[-6:]): pq.read_table(path).to_pylist() for path in sorted((run / "samples/grpo").iterdir())}
+
+
+@contextlib.contextmanager
+def small_disk(place: Path) -> Iterator[None]:
+    """A file system of a fixed size at a folder. Raises `CalledProcessError` where it cannot be mounted."""
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(place)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def main() -> int:
+    """Exit codes: 0 all cells ended with the undisturbed run's result, 1 not."""
+    from raylign.cluster.processes import adopt_orphans
+
+    from .models import tiny_model
+
+    adopt_orphans()
+    cells = [cell for cell in all_cells() if not impossible(cell)]
+    place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    print(f"{len(cells)} cells in {place}", file=sys.stderr)
+    recipe = write_recipe(place, tiny_model(place / "model"), steps_of(cells))
+    suffer(recipe, place / "calm", [])
+    with small_disk(place / "troubled"):
+        told = suffer(recipe, place / "troubled", cells)
+        differ = differences(place / "calm/chaos", place / "troubled/chaos")
+        weights = [json.loads((place / s / "chaos/summary.json").read_text())["weights"] for s in ("calm", "troubled")]
+    for cell in told:
+        cell["equal"] = not (differ.get(cell["step"]) or differ.get(cell["step"] + 1))
+    facts = {"machine": results.machine(), "versions": results.versions(), "date": results.now()}
+    found = {"name": "chaos", **facts, "weights": weights, "differences": differ, "cases": told}
+    results.write(results.RESULTS / "chaos.json", found)
+    print(section(found))
+    return 0 if weights[0] == weights[1] and not differ else 1
+
+
+def section(result: dict[str, Any]) -> str:
+    """The matrix as a table: seconds from the fault to the end of the next step."""
+    told = {(c["fault"], c["role"], c["phase"]): c for c in result["cases"]}
+    head = f"| fault | role | {' | '.join(PHASES)} |\n|{'---|' * (2 + len(PHASES))}"
+    rows = [
+        f"| {fault} | {role} | {' | '.join(_entry(Cell(fault, role, phase), told) for phase in PHASES)} |"
+        for fault in FAULTS
+        for role in ROLES
+    ]
+    return "\n".join([head, *rows])
+
+
+def _entry(cell: Cell, told: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    if why := impossible(cell):
+        return f"({why})"
+    case = told.get((cell.fault, cell.role, cell.phase))
+    if case is None:
+        return ""
+    mark = "" if case["equal"] else " **differs**"
+    return f"{case['seconds']:.0f} s{', resumed' if case['outcome'] != 'healed' else ''}{mark}"
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())]))
+    sys.exit(main())
