@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 FAULTS = ("SIGKILL", "SIGSTOP", "exception", "out of memory", "disk full")
 ROLES = ("rollout", "reward", "reference", "policy", "controller")
@@ -46,3 +47,25 @@ def impossible(cell: Cell) -> str:
     if cell.fault == "disk full" and cell.phase not in _WRITES.get(cell.role, ()):
         return "writes nothing"
     return ""
+
+
+def matrix(cases: list[dict[str, Any]]) -> str:
+    """What came of the cells as a table: seconds from the fault to the end of the next step."""
+    told = {Cell(case["fault"], case["role"], case["phase"]): case for case in cases}
+    head = f"| fault | role | {' | '.join(PHASES)} |\n|{'---|' * (2 + len(PHASES))}"
+    rows = [
+        f"| {fault} | {role} | {' | '.join(_entry(Cell(fault, role, phase), told) for phase in PHASES)} |"
+        for fault in FAULTS
+        for role in ROLES
+    ]
+    return "\n".join([head, *rows])
+
+
+def _entry(cell: Cell, told: dict[Cell, dict[str, Any]]) -> str:
+    if why := impossible(cell):
+        return f"({why})"
+    if cell not in told:
+        return ""
+    case = told[cell]
+    ended = "" if case["outcome"] == "healed" else ", resumed"
+    return f"{case['seconds']:.0f} s{ended}{'' if case['equal'] else ' **differs**'}"

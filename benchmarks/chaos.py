@@ -1,10 +1,11 @@
 """The kill matrix, whole: `python -m benchmarks.chaos`, from the root of the repository.
 
-One run of a tiny model goes on undisturbed. A second one of the same recipe suffers every cell of the matrix, one every
-other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say so), it is
+One run of a tiny model goes on undisturbed. Others of the same recipe suffer every cell of the matrix, a run a fault, a
+cell every other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say so), it is
 resumed. Needs root for the disk of a fixed size.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -20,7 +21,8 @@ from typing import Any
 import psutil
 
 from . import results
-from .cells import FAULTS, PHASES, ROLES, Cell, all_cells, impossible
+from .cells import FAULTS, Cell, all_cells, impossible
+from .table import write_table
 
 RECIPE = """\
 name: chaos
@@ -43,6 +45,7 @@ stages:
       slots: 16
       timeout_seconds: 6
       health_seconds: 4
+    schedule: constant
     rewards: [{{type: function, path: "rewards.py:vowels"}}]
     kl: {{coefficient: 0.01}}
 cluster: {{cpus: 8{address}}}
@@ -79,9 +82,9 @@ def suffer(recipe: Path, storage: Path, cells: Sequence[Cell]) -> list[dict[str,
     plan.write_text(json.dumps(planned))
     ended: set[int] = set()
     while code := _run(recipe, storage, plan):
-        last = max(done["number"] for done in _done(plan))
-        if code != 1 or last in ended:
-            raise RuntimeError(f"the run ended with code {code} after {planned[last]}")
+        last = max((done["number"] for done in _done(plan)), default=-1)
+        if code != 1 or last < 0 or last in ended:
+            raise RuntimeError(f"the run ended with code {code} after cell {last}: see {recipe.parent / 'log'}")
         ended.add(last)
         (storage / "ballast").unlink(missing_ok=True)
     metrics = _lines(storage / "chaos/metrics.jsonl")
@@ -90,12 +93,12 @@ def suffer(recipe: Path, storage: Path, cells: Sequence[Cell]) -> list[dict[str,
 
 def _run(recipe: Path, storage: Path, plan: Path) -> int:
     """Run to an end; its exit code. Raises `RuntimeError` where a process is left or it takes too long."""
-    before = set(psutil.Process().children(recursive=True))
+    before = set(psutil.Process().children())
     command = [sys.executable, "-m", "benchmarks.saboteur", str(recipe), str(storage), str(plan)]
     with (recipe.parent / "log").open("a") as log:
         code = subprocess.run(command, stderr=log, timeout=_LIMIT_SECONDS).returncode
     give_up = time.monotonic() + 10
-    while left := [p for p in psutil.Process().children(recursive=True) if p not in before and _runs(p)]:
+    while left := [p for p in psutil.Process().children() if p not in before and _runs(p)]:
         if time.monotonic() > give_up:
             raise RuntimeError(f"left by the run: {left}")
         time.sleep(0.1)
@@ -120,7 +123,7 @@ def _done(plan: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def differences(calm: Path, troubled: Path) -> dict[int, list[str]]:
@@ -162,51 +165,42 @@ def small_disk(place: Path) -> Iterator[None]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 all cells ended with the undisturbed run's result, 1 not."""
     from raylign.cluster.processes import adopt_orphans
 
     from .models import tiny_model
 
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; all by default")
+    faults = parser.parse_args(arguments).faults or FAULTS
     adopt_orphans()
-    cells = [cell for cell in all_cells() if not impossible(cell)]
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
-    print(f"{len(cells)} cells in {place}", file=sys.stderr)
-    recipe = write_recipe(place, tiny_model(place / "model"), steps_of(cells))
+    cells = {fault: [c for c in all_cells() if c.fault == fault and not impossible(c)] for fault in faults}
+    steps = max(steps_of(of_fault) for of_fault in cells.values())
+    recipe = write_recipe(place, tiny_model(place / "model"), steps)
     suffer(recipe, place / "calm", [])
-    with small_disk(place / "troubled"):
-        told = suffer(recipe, place / "troubled", cells)
-        differ = differences(place / "calm/chaos", place / "troubled/chaos")
-        weights = [json.loads((place / s / "chaos/summary.json").read_text())["weights"] for s in ("calm", "troubled")]
+    equal = [_suffer_one(recipe, place, fault, of_fault) for fault, of_fault in cells.items()]
+    write_table(results.RESULTS)
+    return 0 if all(equal) else 1
+
+
+def _suffer_one(recipe: Path, place: Path, fault: str, cells: Sequence[Cell]) -> bool:
+    """Have a run suffer all cells of one fault, and keep what came of them; whether nothing differs."""
+    print(f"{fault}: {len(cells)} cells in {place}", file=sys.stderr)
+    storage = place / fault.replace(" ", "-")
+    with small_disk(storage):
+        told = suffer(recipe, storage, cells)
+        differ = differences(place / "calm/chaos", storage / "chaos")
+        weights = [json.loads((s / "chaos/summary.json").read_text())["weights"] for s in (place / "calm", storage)]
     for cell in told:
         cell["equal"] = not (differ.get(cell["step"]) or differ.get(cell["step"] + 1))
     facts = {"machine": results.machine(), "versions": results.versions(), "date": results.now()}
-    found = {"name": "chaos", **facts, "weights": weights, "differences": differ, "cases": told}
-    results.write(results.RESULTS / "chaos.json", found)
-    print(section(found))
-    return 0 if weights[0] == weights[1] and not differ else 1
-
-
-def section(result: dict[str, Any]) -> str:
-    """The matrix as a table: seconds from the fault to the end of the next step."""
-    told = {(c["fault"], c["role"], c["phase"]): c for c in result["cases"]}
-    head = f"| fault | role | {' | '.join(PHASES)} |\n|{'---|' * (2 + len(PHASES))}"
-    rows = [
-        f"| {fault} | {role} | {' | '.join(_entry(Cell(fault, role, phase), told) for phase in PHASES)} |"
-        for fault in FAULTS
-        for role in ROLES
-    ]
-    return "\n".join([head, *rows])
-
-
-def _entry(cell: Cell, told: dict[tuple[str, str, str], dict[str, Any]]) -> str:
-    if why := impossible(cell):
-        return f"({why})"
-    case = told.get((cell.fault, cell.role, cell.phase))
-    if case is None:
-        return ""
-    mark = "" if case["equal"] else " **differs**"
-    return f"{case['seconds']:.0f} s{', resumed' if case['outcome'] != 'healed' else ''}{mark}"
+    path = results.RESULTS / "chaos.json"
+    kept = [case for case in results.read(path)["cases"] if case["fault"] != fault]
+    results.write(path, {"name": "chaos", **facts, "cases": kept + told})
+    print(json.dumps({"fault": fault, "weights": weights, "differences": differ}), file=sys.stderr)
+    return weights[0] == weights[1] and not differ
 
 
 if __name__ == "__main__":
