@@ -1,14 +1,13 @@
 """The kill matrix, whole: `python -m benchmarks.chaos`, from the root of the repository.
 
 One run of a tiny model goes on undisturbed. Others of the same recipe suffer every cell of the matrix, a run a fault, a
-cell every other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say so), it is
-resumed. Needs root for the disk of a fixed size.
+cell every other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say
+so), it is resumed. Needs root, for a disk of a fixed size.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -128,30 +127,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def differences(calm: Path, troubled: Path) -> dict[int, list[str]]:
     """Step → what two runs of one recipe differ in; empty where they are the same but for the clock."""
-    found: dict[int, list[str]] = {}
-    for what, read in (("metrics", _metrics), ("samples", _samples)):
-        ours, theirs = read(calm), read(troubled)
-        for step in sorted({*ours, *theirs}):
-            if ours.get(step) != theirs.get(step):
-                found.setdefault(step, []).append(what)
-    return found
-
-
-def _metrics(run: Path) -> dict[int, Any]:
     from raylign.cluster.rundir import RunDir
+    from raylign.trainers.comparison import metrics, samples
 
-    clocks = ("time", "tokens_per_second", "workers/rollout")
-    return {
-        m["step"]: {k: v for k, v in m.items() if k not in clocks and not k.startswith("seconds/")}
-        for m in RunDir(run).all_metrics()
-    }
-
-
-def _samples(run: Path) -> dict[int, Any]:
-    """Step → its samples with their groups, so that one lost or trained twice would show."""
-    import pyarrow.parquet as pq
-
-    return {int(path.stem[-6:]): pq.read_table(path).to_pylist() for path in sorted((run / "samples/grpo").iterdir())}
+    found: dict[int, list[str]] = {}
+    for read in (metrics, samples):
+        ours, theirs = read(RunDir(calm)), read(RunDir(troubled))
+        for key in {**ours, **theirs}:
+            if ours.get(key) != theirs.get(key):
+                found.setdefault(key[1], []).append(read.__name__)
+    return found
 
 
 @contextlib.contextmanager
@@ -204,5 +189,4 @@ def _suffer_one(recipe: Path, place: Path, fault: str, cells: Sequence[Cell]) ->
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(Path.cwd())]))
     sys.exit(main())

@@ -1,5 +1,6 @@
 """`raylign run`: a recipe from start to finish, here or on a cluster."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,9 @@ def run(
     keep_source: Annotated[
         bool, typer.Option("--keep-source", hidden=True, help="Copy the recipe's folder into the run and use the copy.")
     ] = False,
+    prove_resume: Annotated[
+        bool, typer.Option("--prove-resume", help="Only show, with a few steps, that a killed run ends the same.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe here: on a local Ray, or on --address.
@@ -37,6 +41,10 @@ def run(
     overrides += [f"cluster.address={address}"] if address else []
     config = load_recipe(recipe, overrides)
 
+    if prove_resume:
+        _prove_resume(recipe, config, overrides, storage or Path(config.storage), json=json)
+        return
+
     from ..trainers.opening import open_run
 
     directory = open_run(config, storage or Path(config.storage), named=name is not None, resume=resume)
@@ -45,6 +53,22 @@ def run(
 
         config = keep(recipe, overrides, directory)
     go(config, directory, json=json)
+
+
+def _prove_resume(recipe: Path, config: Any, overrides: list[str], storage: Path, *, json: bool) -> None:
+    """Print what a killed run and an undisturbed one have in common; exits with 1 where they differ."""
+    from ..trainers.proof_of_resume import prove
+
+    say = partial(notes.print, highlight=False)
+    found, kills = prove(recipe, config, [o for o in overrides if not o.startswith("name=")], storage, say)
+    if json:
+        print_json({"equal": found.equal, "killed_after": kills, "same": found.same, "different": found.different})
+    else:
+        killed = ", ".join(f"{name} after {steps} steps" for name, steps in kills.items())
+        rows = [[what, n, ", ".join(found.different[what]) or "none"] for what, n in found.same.items()]
+        print_table(f"a run killed in {killed} and resumed, against one undisturbed", ["", "same", "different"], rows)
+    if not found.equal:
+        raise typer.Exit(1)
 
 
 def go(config: Any, directory: Any, *, json: bool) -> None:
