@@ -46,7 +46,7 @@ stages:
       health_seconds: 4
     schedule: constant
     rewards: [{{type: function, path: "rewards.py:vowels"}}]
-    kl: {{coefficient: 0.01}}
+    kl: {kl}
 cluster: {{cpus: 8{address}}}
 controller: {{pause_seconds: 0.1, hang_seconds: 2}}
 """
@@ -60,13 +60,14 @@ def steps_of(cells: Sequence[Cell]) -> int:
     return 2 * len(cells) + 2
 
 
-def write_recipe(folder: Path, model: Path, steps: int, address: str = "") -> Path:
+def write_recipe(folder: Path, model: Path, steps: int, address: str = "", *, reference: bool = True) -> Path:
     """The recipe of both runs, in a folder of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(10)))
     recipe = folder / "chaos.yaml"
-    recipe.write_text(RECIPE.format(model=model, steps=steps, address=f", address: '{address}'" if address else ""))
+    given = {"model": model, "steps": steps, "kl": "{coefficient: 0.01}" if reference else "null"}
+    recipe.write_text(RECIPE.format(**given, address=f", address: '{address}'" if address else ""))
     return recipe
 
 

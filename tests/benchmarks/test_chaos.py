@@ -1,6 +1,5 @@
 """The kill matrix: the table is whole, and a handful of its cells end as the undisturbed run does."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ CELLS = [
     Cell("exception", "reward", "score"),
     Cell("SIGKILL", "controller", "publish"),
     Cell("out of memory", "policy", "checkpoint"),
-    Cell("SIGSTOP", "policy", "publish"),
 ]
 
 
@@ -33,9 +31,8 @@ def test_faults_of_every_kind_leave_the_result_as_it_is(
     ray_session: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    recipe = chaos.write_recipe(tmp_path / "made", tiny_model, chaos.steps_of(CELLS), ray_session)
+    recipe = chaos.write_recipe(tmp_path / "made", tiny_model, chaos.steps_of(CELLS), ray_session, reference=False)
     chaos.suffer(recipe, tmp_path / "calm", [])
     told = chaos.suffer(recipe, tmp_path / "troubled", CELLS)
     assert chaos.differences(tmp_path / "calm/chaos", tmp_path / "troubled/chaos") == {}
     assert [(t["role"], t["outcome"]) for t in told] == [(c.role, "healed") for c in CELLS]
-    print(*told, sep="\n", file=sys.stderr)

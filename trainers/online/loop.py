@@ -262,7 +262,8 @@ class OnlineLoop:
         published = self._weights.begin_at(self._roles.publish(self.step, (), tick=self._tick))
         if checkpoint:
             self._refuse_another(checkpoint, digest=published.digest)
-            self._run.event("resumed", stage=self._name, step=checkpoint.step)
+        if checkpoint or self._begun:
+            self._run.event("resumed", stage=self._name, step=self.step)
         self._begun = self._agree = True
 
     def _refuse_another(self, checkpoint: Checkpoint, **now: object) -> None:
