@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cluster.errors import RunFailed
+from ...cluster.errors import InputError, RunFailed
+from ..stages import GrpoStage
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,66 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
+
+    def refuse_another(self, **now: object) -> None:
+        """Raise `RunFailed` where its facts differ from those of this run: going on would mix two runs."""
+        for key, value in now.items():
+            if self.state.get(key) != value:
+                raise RunFailed(
+                    f"checkpoint {self.path} was made with {key} {self.state.get(key)!r}, and this run has {value!r}: "
+                    "put model, data and seed back as they were, or begin another run with --name"
+                )
+
+
+class Checkpoints:
+    """A stage's checkpoints: when one is due, what it says, which stay.
+
+    `facts` of the run must be the same on a resume.
+    """
+
+    def __init__(self, root: Path, stage: GrpoStage, facts: dict[str, Any]) -> None:
+        self._root, self._stage, self._facts = root, stage, facts
+        self._scores: list[float] = []
+        """What `keep_best` goes by, of the steps since the last one."""
+        self.saved: int | None = None
+        """The step of the last one."""
+
+    def latest(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest valid one, and the names of newer ones that are not; what follows goes on from it."""
+        found, broken = latest_checkpoint(self._root)
+        self.saved, self._scores = found.step if found else None, []
+        if found:
+            found.refuse_another(**self._facts)
+        return found, broken
+
+    def due(self, step: int) -> bool:
+        """Whether there is to be one after so many steps."""
+        every = self._stage.checkpoint_every or max(1, self._stage.steps // 10)
+        return step % every == 0 or step == self._stage.steps
+
+    def note(self, metrics: dict[str, float]) -> None:
+        """Take in a step's metrics. Raises `InputError` where they lack the one that `keep_best` goes by."""
+        best = self._stage.keep_best
+        if best is None or "reward/mean" not in metrics:  # a step without a sound group has nothing to measure
+            return
+        if best.metric not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
+        self._scores.append(metrics[best.metric] * (1 if best.mode == "max" else -1))
+
+    def save(self, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
+        """Write one; raises as `write_checkpoint` does."""
+        best = self._stage.keep_best
+        scored = {"score": sum(self._scores) / len(self._scores)} if self._scores else {}
+        keep = Keep(self._stage.keep_last, best.count if best else 0)
+        write_checkpoint(self._root, step, {**self._facts, **state, **scored}, fill, keep)
+        self.saved, self._scores = step, []
+
+    def way_on(self, stage: str, run: str) -> str:
+        """Where `raylign resume` would go on."""
+        if self.saved is None:
+            return f"stage {stage} has no checkpoint yet: `raylign resume {run}` begins it again"
+        return f"the last checkpoint is step {self.saved}: `raylign resume {run}` goes on from it"
 
 
 def write_checkpoint(

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.calls import Wait
-from ...cluster.errors import InputError, RaylignError, RunFailed, WorkerFailed, WorkerLost
+from ...cluster.errors import RaylignError, WorkerFailed, WorkerLost
 from ...cluster.rundir import RunDir
 from ...cluster.weights import WeightStore, WeightVersion
 from ...rollout.ledger import GroupState, Ledger
@@ -32,7 +32,7 @@ from ..schedule import prompts_of_step
 from ..stages import GrpoStage
 from .advantages import group_advantages
 from .batch import TrainSample
-from .checkpoints import Checkpoint, Keep, latest_checkpoint, write_checkpoint
+from .checkpoints import Checkpoints
 from .metrics import rollout_metrics, spans_by_worker
 from .roles import Roles
 
@@ -67,14 +67,14 @@ class OnlineLoop:
     ) -> None:
         self._stage, self._name, self._prompts = stage, name, prompts
         self._roles, self._pool, self._run = roles, pool, run
-        self._checkpoints, self._seed, self._on_metrics = checkpoints, seed, on_metrics
+        self._seed, self._on_metrics = seed, on_metrics
+        self._kept = Checkpoints(checkpoints, stage, {"seed": seed, "rows": len(prompts), "stage": name})
         self._weights = WeightStore(exact=stage.rollout.is_exact)
         self._ledger = Ledger(0, 0, 0, "")
         self._phases: dict[str, float] = {}
         self._now: Wait | None = None
         """The phase under way."""
         self._last_tick = 0.0
-        self._saved: int | None = None
         self._begun = False
         """Whether any weights have been published."""
         self._agree = False
@@ -84,8 +84,6 @@ class OnlineLoop:
         """How often roles were started anew."""
         self.step = 0
         self.stopped = False
-        self._scores: list[float] = []
-        """What `keep_best` goes by, of the steps since the last checkpoint."""
         self.last_metrics: dict[str, float] = {}
         self.workers_seen = (pool.target, pool.target)
 
@@ -109,7 +107,7 @@ class OnlineLoop:
             while not self.stopped and not self._went_on():
                 pass
         except RaylignError as error:
-            raise type(error)(f"{error}; {self._way_on()}") from error
+            raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
         self._run.update_status(waiting=[])
 
     def _went_on(self) -> bool:
@@ -136,7 +134,7 @@ class OnlineLoop:
             self._follow()
             self._train_step(self.step)
             self.step, self._agree = self.step + 1, True
-            if self._checkpoint_due():
+            if self._kept.due(self.step):
                 self._checkpoint()
 
     def _replace_lost(self, error: RaylignError) -> None:
@@ -153,11 +151,6 @@ class OnlineLoop:
         self.restarts += 1
         self._run.event("role_lost", stage=self._name, step=self.step, roles=sorted(lost), reason=str(error))
         self._roles.end(lost)
-
-    def _way_on(self) -> str:
-        if self._saved is None:
-            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.argument}` begins it again"
-        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.argument}` goes on from it"
 
     def _train_step(self, step: int) -> None:
         self._phases = {}
@@ -244,70 +237,36 @@ class OnlineLoop:
         low, high = self.workers_seen
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self.last_metrics = metrics
-        self._scores += self._score_of(metrics)
+        self._kept.note(metrics)
         self._run.metrics(self._name, step, metrics)
         self._roles.write_samples(step, groups)
         self._say(step + 1)
         self._on_metrics(step, metrics)
 
     def _restore(self) -> None:
-        checkpoint, broken = latest_checkpoint(self._checkpoints)
+        """Have a new policy go on from the last checkpoint, if any, and publish what it holds then."""
+        checkpoint, broken = self._kept.latest()
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
-        self.step, self._saved = (checkpoint.step, checkpoint.step) if checkpoint else (0, None)
-        self._scores = []
+        self.step = checkpoint.step if checkpoint else 0
         if checkpoint:
-            self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
             self._roles.load(checkpoint.path, tick=self._tick)
         published = self._weights.begin_at(self._roles.publish(self.step, (), tick=self._tick))
         if checkpoint:
-            self._refuse_another(checkpoint, digest=published.digest)
+            checkpoint.refuse_another(digest=published.digest)
         if checkpoint or self._begun:
             self._run.event("resumed", stage=self._name, step=self.step)
         self._begun = self._agree = True
 
-    def _refuse_another(self, checkpoint: Checkpoint, **now: object) -> None:
-        """Raise `RunFailed` where a checkpoint's facts differ from those of this run: going on would mix two runs."""
-        for key, value in now.items():
-            before = checkpoint.state.get(key)
-            if before != value:
-                raise RunFailed(
-                    f"checkpoint {checkpoint.path} was made with {key} {before!r}, and this run has {value!r}: put "
-                    "model, data and seed back as they were, or begin another run with --name"
-                )
-
-    def _checkpoint_due(self) -> bool:
-        every = self._stage.checkpoint_every or max(1, self._stage.steps // 10)
-        return self.step % every == 0 or self.step == self._stage.steps
-
     def _checkpoint(self) -> None:
         """Save the step, unless it is saved already or the policy does not hold it."""
-        if self._saved == self.step or not self._agree:
+        if self._kept.saved == self.step or not self._agree:
             return
         current = self._weights.current
-        state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
-        state |= {"rows": len(self._prompts), "ledger": self._ledger.counts()}
-        best = self._stage.keep_best
-        state |= {"score": float(np.mean(self._scores))} if self._scores else {}
-        keep = Keep(self._stage.keep_last, best.count if best else 0)
+        state = {"version": current.version, "digest": current.digest, "ledger": self._ledger.counts()}
         with self._phase("checkpoint"):
-            save = partial(self._roles.save, tick=self._look_after)
-            write_checkpoint(self._checkpoints, self.step, state, save, keep)
-        self._saved, self._scores = self.step, []
+            self._kept.save(self.step, state, partial(self._roles.save, tick=self._look_after))
         self._run.event("checkpoint", stage=self._name, step=self.step)
-
-    def _score_of(self, metrics: dict[str, float]) -> list[float]:
-        """The metric that `keep_best` goes by, the higher the better; none in a step that has nothing to measure.
-
-        Raises `InputError` where no step has it.
-        """
-        best = self._stage.keep_best
-        if best is None or "reward/mean" not in metrics:
-            return []
-        if best.metric not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
-        return [metrics[best.metric] * (1 if best.mode == "max" else -1)]
 
     def _train_sample(self, group: Group, i: int, advantage: float) -> TrainSample:
         sample = group.samples[i]

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from raylign.cluster.errors import RunFailed
-from raylign.trainers.online.checkpoints import Keep, latest_checkpoint, write_checkpoint
+from raylign.cluster.errors import InputError, RunFailed
+from raylign.trainers.online.checkpoints import Checkpoints, Keep, latest_checkpoint, write_checkpoint
+from raylign.trainers.stages import GrpoStage
 from safetensors import SafetensorError
 
 
@@ -121,3 +122,29 @@ def test_a_write_that_fails_gives_its_space_back(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"checkpoint of step 10 cannot be written to .*: No space left"):
         write_checkpoint(tmp_path, 10, {}, no_space)
     assert list(tmp_path.iterdir()) == []
+
+
+def stage_of(**more: object) -> GrpoStage:
+    rewards = [{"type": "format", "pattern": "4"}]
+    return GrpoStage.model_validate({"data": {"path": "prompts.jsonl"}, "rewards": rewards, "steps": 40, **more})
+
+
+def test_a_stage_keeps_the_checkpoint_of_its_best_steps_and_goes_on_from_the_last(tmp_path: Path) -> None:
+    stage = stage_of(keep_last=1, keep_best={"metric": "kl", "mode": "min"}, checkpoint_every=2)
+    kept = Checkpoints(tmp_path, stage, {"seed": 5})
+    for step, kl in enumerate([0.9, 0.7, 0.1, 0.3, 0.5, 0.5], 1):  # means of two: 0.8, 0.2, 0.5
+        kept.note({"reward/mean": 1.0, "kl": kl})
+        if kept.due(step):
+            kept.save(step, {}, fill("x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
+    found, _ = Checkpoints(tmp_path, stage, {"seed": 5}).latest()
+    assert found is not None
+    assert found.state == {"seed": 5, "score": -0.5, "step": 6}
+    with pytest.raises(RunFailed, match="was made with seed 5, and this run has 6"):
+        Checkpoints(tmp_path, stage, {"seed": 6}).latest()
+
+
+def test_a_metric_that_no_step_has_is_refused_at_the_first(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, stage_of(keep_best={"metric": "rewards/mean"}), {})
+    with pytest.raises(InputError, match=r"keep_best.metric 'rewards/mean' is no metric of a step: there are kl, rew"):
+        kept.note({"reward/mean": 1.0, "kl": 0.1})
