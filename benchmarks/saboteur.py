@@ -35,16 +35,17 @@ def main(recipe: str, storage: str, plan: str) -> None:
 
     config = load_recipe(Path(recipe))
     run = open_run(config, Path(storage), named=True, resume=True)
-    again = supervised(run, config.controller, _say)
+    with run.hold():
+        again = supervised(run, config.controller, _say)
 
-    from raylign.trainers.launch import launch
+        from raylign.trainers.launch import launch
 
-    Saboteur(Path(plan), Path(storage)).install()
-    try:
-        launch(config, run, _say, again=again)
-    except RaylignError as error:
-        _say(f"error: {error}")
-        raise SystemExit(error.exit_code) from error
+        Saboteur(Path(plan), Path(storage)).install()
+        try:
+            launch(config, run, _say, again=again)
+        except RaylignError as error:
+            _say(f"error: {error}")
+            raise SystemExit(error.exit_code) from error
 
 
 def _say(text: str) -> None:

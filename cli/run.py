@@ -85,13 +85,14 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
     def say(text: str) -> None:
         notes.print(f"[dim]{text}[/dim]", highlight=False)
 
-    notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
-    again = supervisor.supervised(directory, config.controller, say)
+    with directory.hold():
+        notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
+        again = supervisor.supervised(directory, config.controller, say)
 
-    from ..trainers.launch import launch
+        from ..trainers.launch import launch
 
-    with progress_of(directory):
-        summary = launch(config, directory, say, again=again)
+        with progress_of(directory):
+            summary = launch(config, directory, say, again=again)
     print_json(summary) if json else _print_summary(summary, directory)
     if summary["status"] != "succeeded":
         raise typer.Exit(1)

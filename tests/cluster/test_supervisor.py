@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from raylign.cluster.errors import InputError
 from raylign.cluster.rundir import RunDir
 
 PROGRAM = """\
@@ -20,11 +21,15 @@ from raylign.cluster.supervisor import supervised
 
 run = RunDir(Path(sys.argv[1]))
 config = ControllerConfig(max_restarts=2, pause_seconds=0.01, hang_seconds=0.5)
+held = run.hold()
+held.__enter__()
 again = supervised(run, config, lambda text: print(text, file=sys.stderr, flush=True))
 heavy = [name for name in ("ray", "torch", "numpy") if name in sys.modules]
 run.event("began", again=again, pid=os.getpid(), parent=os.getppid(), heavy=heavy)
 run.update_status(status="running", pid=os.getpid())
 attempt = len(run.events("began"))
+with run.hold():
+    pass
 {work}
 """
 
@@ -105,6 +110,9 @@ def test_a_suspended_controller_counts_as_dead(start: Start) -> None:
 def test_a_signal_reaches_the_controller_and_its_end_is_no_death(start: Start) -> None:
     process, run = start("signal.pause()")
     wait_for("controller", lambda: bool(run.events("began")))
+    assert run.held()
+    with pytest.raises(InputError, match="'run' is running already"), run.hold():
+        pass
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
