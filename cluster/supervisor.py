@@ -28,9 +28,9 @@ _REFUSALS = (2, 3, 4, 5)
 def supervised(run: RunDir, config: ControllerConfig, say: Callable[[str], None]) -> bool:
     """Return in a child process, which is the run's controller; whether it takes the place of one that died.
 
-    The parent stays in here, passes SIGINT and SIGTERM on, and exits with the controller's code. Hold the run around it:
-    then it is held between two controllers too. Without restarts to give there is no supervisor, and this process is
-    the controller.
+    The parent stays in here, passes SIGINT and SIGTERM on, and exits with the controller's code. Hold the run around
+    this: then it is held between two controllers too. Without restarts to give there is no supervisor, and this process
+    is the controller.
     """
     if not config.max_restarts:
         return False
