@@ -24,6 +24,7 @@ _METHODS = {
 }
 """Where an actor's own code can be made to raise: the attribute that has it, and the method."""
 _HEADROOM = 256 * 2**20
+_FULL_SECONDS = 120.0
 
 
 def main(recipe: str, storage: str, plan: str) -> None:
@@ -74,6 +75,8 @@ class Saboteur:
         step = loop.step - 1 if phase == "checkpoint" else loop.step  # it has been counted by then
         for number, cell in enumerate(self._plan):
             name = "reference" if (cell["role"], cell["phase"]) == ("reference", "score") else cell["phase"]
+            if cell["step"] == step and phase == "generate":
+                _fill_up(loop._pool)
             if (cell["step"], name) == (step, phase) and number not in self._done():
                 self._act(number, cell, f"{loop._run.name}/{loop._name}")
 
@@ -98,6 +101,14 @@ class Saboteur:
             import ray
 
             ray.get(actor.__ray_call__.remote(_spoil, *_METHODS[role, cell["phase"]], fault))
+
+
+def _fill_up(pool: Any) -> None:
+    """Wait until the cell before has healed wholly, so that no cell finds fewer workers than there should be."""
+    give_up = time.monotonic() + _FULL_SECONDS
+    while pool.size < pool.target and time.monotonic() < give_up:
+        pool.advance()
+        time.sleep(0.05)
 
 
 def _victim(name: str) -> tuple[Any, int]:
