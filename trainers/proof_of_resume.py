@@ -51,7 +51,7 @@ def prove(
 
 def _small(config: RunConfig) -> list[str]:
     """Overrides: a few steps, a checkpoint at each, nothing served."""
-    sets = ["serve=null", "evaluation=null", "tracking.wandb=off", "controller.max_restarts=9"]
+    sets = ["serve=null", "evaluation=null", "tracking.wandb='off'", "controller.max_restarts=9"]
     for i, stage in enumerate(config.stages):
         sets += [f"stages.{i}.steps={min(stage.steps or STEPS, STEPS)}", f"stages.{i}.checkpoint_every=1"]
     return sets

@@ -33,7 +33,7 @@ def begin(
     }
 
     def begin(name: str, steps: int, *, resume: bool = False, **more: Any) -> tuple[RunDir, dict[str, Any]]:
-        path = tiny_grpo(name, stages__0__steps=steps, **hurried, **more)
+        path = tiny_grpo(name, stages__0__steps=steps, **hurried | more)
         run = open_run(load_recipe(path), tmp_path, named=True, resume=resume)
         return run, launch(load_recipe(path), run, lambda _: None)
 
