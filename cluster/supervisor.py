@@ -78,7 +78,8 @@ class _Supervisor:
     def _pass_on(self, number: int, _frame: object) -> None:
         self._asked = number
         if self._child:
-            os.kill(self._child, number)
+            with contextlib.suppress(ProcessLookupError):  # it ends by itself at this moment
+                os.kill(self._child, number)
 
     def _wait(self) -> int:
         """The controller's exit code, minus the signal that ended it; one that is suspended for long is killed."""
