@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 VLLM := .venv-vllm
 
-.PHONY: install quickstart test test-vllm bench check clean
+.PHONY: install quickstart test test-vllm bench chaos check clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ $(VLLM)/.installed: constraints-vllm.txt
 
 bench: install
 	@$(BIN)/python -m benchmarks $(or $(NAME),all) $(if $(CASE),--case '$(CASE)')
+
+chaos: install
+	@$(BIN)/python -m benchmarks.chaos
 
 check: install
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from .cells import matrix
 from .results import read
 
 _TEXT = """\
@@ -24,6 +25,12 @@ in the JSON, with every pair. `generate` is TRL's GRPO path: one left-padded bat
 ours also return the log-prob of every token, the others do not.
 """
 
+_CHAOS = """\
+`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step. Each run ended with the
+metrics, samples and weights of the undisturbed one and left no process, unless a cell says that it differs. *resumed*:
+the run ended with its reason, as it should where the disk is full or its own code failed, and `resume` went on.
+"""
+
 _COLUMNS = ("case", "ratio", "range", "by CPU seconds", "pairs", "ours", "theirs", "unit", "limit")
 
 
@@ -40,9 +47,21 @@ def _section(result: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in versions.items())
         + f"; {result['date']}"
     )
+    table = _TABLES.get(result["name"], _ratios)(result["cases"])
+    return "\n".join([f"## {result['name']}", "", about, "", table, ""])
+
+
+def _ratios(cases: list[dict[str, Any]]) -> str:
     head = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
-    lines = [_line(case) for case in result["cases"]]
-    return "\n".join([f"## {result['name']}", "", about, "", head, *lines, ""])
+    return "\n".join([head, *(_line(case) for case in cases)])
+
+
+def _chaos(cases: list[dict[str, Any]]) -> str:
+    return f"{_CHAOS}\n{matrix(cases)}"
+
+
+_TABLES = {"chaos": _chaos}
+"""How the results that are no ratios are shown."""
 
 
 def _line(case: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """`raylign run`: a recipe from start to finish, here or on a cluster."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..cluster import supervisor
 from .output import answer, notes, print_json, print_table
 from .progress import progress_of
 
@@ -23,6 +25,9 @@ def run(
     keep_source: Annotated[
         bool, typer.Option("--keep-source", hidden=True, help="Copy the recipe's folder into the run and use the copy.")
     ] = False,
+    prove_resume: Annotated[
+        bool, typer.Option("--prove-resume", help="Only show, with a few steps, that a killed run ends the same.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a recipe here: on a local Ray, or on --address.
@@ -36,7 +41,11 @@ def run(
     overrides += [f"cluster.address={address}"] if address else []
     config = load_recipe(recipe, overrides)
 
-    from ..trainers.launch import open_run
+    if prove_resume:
+        _prove_resume(recipe, config, overrides, storage or Path(config.storage), json=json)
+        return
+
+    from ..trainers.opening import open_run
 
     directory = open_run(config, storage or Path(config.storage), named=name is not None, resume=resume)
     if keep_source:
@@ -46,10 +55,26 @@ def run(
     go(config, directory, json=json)
 
 
+def _prove_resume(recipe: Path, config: Any, overrides: list[str], storage: Path, *, json: bool) -> None:
+    """Print what a killed run and an undisturbed one have in common; exits with 1 where they differ."""
+    from ..trainers.proof_of_resume import prove
+
+    say = partial(notes.print, highlight=False)
+    found, kills = prove(recipe, config, [o for o in overrides if not o.startswith("name=")], storage, say)
+    if json:
+        print_json({"equal": found.equal, "killed_after": kills, "same": found.same, "different": found.different})
+    else:
+        killed = ", ".join(f"{name} after {steps} steps" for name, steps in kills.items())
+        rows = [[what, n, ", ".join(found.different[what]) or "none"] for what, n in found.same.items()]
+        print_table(f"a run killed in {killed} and resumed, against one undisturbed", ["", "same", "different"], rows)
+    if not found.equal:
+        raise typer.Exit(1)
+
+
 def go(config: Any, directory: Any, *, json: bool) -> None:
     """Launch or go on with a run, show its progress, print how it ended. Exits with 1 when it was stopped.
 
-    One that has succeeded is left as it is.
+    What follows works in a process of its own, under a supervisor. One that has succeeded is left as it is.
     """
     if directory.summary().get("status") == directory.status().get("status") == "succeeded":
         notes.print(f"{directory.name} has succeeded already; it is not started again", highlight=False)
@@ -57,11 +82,17 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
         print_json(summary) if json else _print_summary(summary, directory)
         return
 
-    from ..trainers.launch import launch
+    def say(text: str) -> None:
+        notes.print(f"[dim]{text}[/dim]", highlight=False)
 
-    notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
-    with progress_of(directory):
-        summary = launch(config, directory, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+    with directory.hold():
+        notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
+        again = supervisor.supervised(directory, config.controller, say)
+
+        from ..trainers.launch import launch
+
+        with progress_of(directory):
+            summary = launch(config, directory, say, again=again)
     print_json(summary) if json else _print_summary(summary, directory)
     if summary["status"] != "succeeded":
         raise typer.Exit(1)

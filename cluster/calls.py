@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import RaylignError, RunFailed, WorkerLost
+from .errors import RaylignError, RunFailed, WorkerFailed, WorkerLost
 
 TICK_SECONDS = 0.4
 """How long a wait that has something to look after goes without doing so."""
@@ -63,19 +63,38 @@ def outcome(future: "Future[Any]", *, actor: str, what: str) -> Any:
 
 
 def _explained(error: Any, actor: str, what: str) -> RaylignError:
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import RayActorError, RayTaskError
 
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return RunFailed(f"{actor} failed in {what}: {str(error).strip().splitlines()[-1]}")  # it would fail again
     if not isinstance(error, RayTaskError):
         return WorkerLost(f"{actor} was lost during {what}: {_first_line(error)}")
     cause = getattr(error, "cause", None)
     if isinstance(cause, RaylignError):
         return cause
-    return RunFailed(f"{actor} failed in {what}: {type(cause).__name__}: {_first_line(cause or error)}")
+    return WorkerFailed(f"{actor} failed in {what}: {type(cause).__name__}: {_first_line(cause or error)}")
 
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def wait_until_gone(name: str, *, timeout: float, tick: Callable[[], None] | None = None) -> None:
+    """Wait until no actor has this name, or one that begins with `name/`.
+
+    Ray keeps the name of a killed actor for a moment, and those of a driver that died until it has noticed. Raises
+    `WorkerLost` when they stay.
+    """
+    from ray.util import list_named_actors
+
+    give_up = time.monotonic() + timeout
+    while left := [n for n in list_named_actors() if n == name or n.startswith(f"{name}/")]:
+        if time.monotonic() > give_up:
+            raise WorkerLost(f"{left[0]} has been ended and is still there after {timeout:.0f} s")
+        if tick:
+            tick()
+        time.sleep(0.05)
 
 
 def end(actors: Sequence[Any]) -> None:

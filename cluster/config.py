@@ -74,6 +74,17 @@ class WeightsConfig(Config):
     the end of the run."""
 
 
+class ControllerConfig(Config):
+    """How the process that controls a run is healed when it dies; the run goes on from its last checkpoint."""
+
+    max_restarts: int = Field(default=5, ge=0)
+    """How often, without a new checkpoint in between, it is started again; 0 lets it run without a supervisor."""
+    pause_seconds: float = Field(default=1.0, ge=0)
+    """How long to wait before that; twice as long each further time, a minute at most."""
+    hang_seconds: float = Field(default=60.0, gt=0)
+    """How long it may be suspended before it counts as dead."""
+
+
 class ClusterConfig(Config):
     """Which Ray cluster to use; without an address the run starts a local one and ends it."""
 

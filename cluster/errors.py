@@ -2,7 +2,8 @@
 
     RaylignError
     ├── RunFailed            1   the run stopped; the reason and the last checkpoint are named
-    │   └── WorkerLost       1   an actor or its node died, or did not answer in time
+    │   ├── WorkerLost       1   an actor or its node died, or did not answer in time
+    │   └── WorkerFailed     1   an actor raised what it should not
     ├── InputError           2   a recipe, flag or file is wrong
     ├── DoesNotFit           3   more resources than the cluster has
     ├── NotFound             4   no run, model or alias of that name
@@ -25,6 +26,10 @@ class RunFailed(RaylignError, RuntimeError):
 
 class WorkerLost(RunFailed):
     """An actor died or did not answer in time: infrastructure, so the work can be done again elsewhere."""
+
+
+class WorkerFailed(RunFailed):
+    """An actor raised what is no error of this package: what it did may work the next time, and its state may not."""
 
 
 class InputError(RaylignError, ValueError):

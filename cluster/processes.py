@@ -5,7 +5,11 @@ environment that other processes can read), workers start sessions of their own.
 mark, or goes by one of Ray's titles and has a file of that Ray's folder open, or descends from one that does.
 """
 
+import contextlib
+import ctypes
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +20,8 @@ from .errors import RunFailed
 
 MARK = "RAYLIGN_CLUSTER"
 """The environment variable that the processes of one Ray inherit."""
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 Started = tuple[int, float]
 """A process for good: its id and when it was started, since ids are used again."""
@@ -61,6 +67,31 @@ def end(find: Callable[[], list[psutil.Process]], *, grace: float = 3.0, deadlin
         _each(found, psutil.Process.kill)
         _wait(found, 2.0)
     return len(ended)
+
+
+def adopt_orphans() -> None:
+    """Have processes that descend from this one become its children when their parents end, as far as Linux does."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> list[psutil.Process]:
+    """The running processes that descend from this one; those that have ended are buried, so their exit codes go."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    return [p for p in psutil.Process().children(recursive=True) if running(p)]
+
+
+def end_with(parent: int) -> None:
+    """Have this process get SIGTERM when its parent ends, or at once where it has ended already; on Linux."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _belongs(process: psutil.Process, mark: str, folder: Path, known: set[Started]) -> bool:

@@ -103,6 +103,7 @@ class RunDir:
         self.created = False
         """Whether this process made the directory, and so may take it away again."""
         self._lock = threading.Lock()
+        self._holds = False
 
     @classmethod
     def find(cls, storage: Path, name: str) -> "RunDir":
@@ -121,7 +122,13 @@ class RunDir:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Be the only process that works on the run. Raises `InputError` when another does."""
+        """Be the only process that works on the run, with those that it forks; again inside, it changes nothing.
+
+        Raises `InputError` when another works on it.
+        """
+        if self._holds:
+            yield
+            return
         give_up = time.monotonic() + _HOLD_SECONDS
         with (self.path / ".lock").open("w") as file:
             while True:
@@ -132,7 +139,11 @@ class RunDir:
                     if time.monotonic() > give_up:
                         raise running_already(self) from None
                 time.sleep(0.02)
-            yield
+            self._holds = True
+            try:
+                yield
+            finally:
+                self._holds = False
 
     def held(self) -> bool:
         """Whether a process on this machine works on the run now."""

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -39,12 +41,14 @@ def connect(config: ClusterConfig, *, dashboard: bool = True) -> Iterator[Sessio
 
     The address is the config's, or `RAY_ADDRESS`, which Ray sets inside a job; a process that is connected already
     keeps its connection. `RAY_ADDRESS` is set for the time of the session, for this process and for local workers:
-    without it parts of Ray Train give up where several Rays run on one machine. Raises `ClusterUnreachable`.
+    without it parts of Ray Train give up where several Rays run on one machine. What this process does on SIGTERM stays
+    as it was; Ray would have it exit at once. Raises `ClusterUnreachable`.
     """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with ExitStack() as stack:
         if ray.is_initialized():
             session = _current(local=False)
@@ -53,6 +57,8 @@ def connect(config: ClusterConfig, *, dashboard: bool = True) -> Iterator[Sessio
         else:
             session = stack.enter_context(_local(config, dashboard))
         stack.enter_context(_environment(RAY_ADDRESS=session.address))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         yield session
 
 

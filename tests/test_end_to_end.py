@@ -181,7 +181,7 @@ def test_query_asks_each_model_and_names_its_digest(service: str, resumed: dict[
 
 
 def test_a_second_run_of_the_recipe_takes_the_next_name(resumed: dict[str, Any], place: Path) -> None:
-    from raylign.trainers.launch import open_run
+    from raylign.trainers.opening import open_run
     from raylign.trainers.recipe import load_recipe
 
     config = load_recipe(ROOT / "recipes/quickstart.yaml")

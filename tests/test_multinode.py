@@ -109,7 +109,7 @@ class Running:
 
 def start(folder: Path, name: str) -> Running:
     from raylign.trainers.data.inputs import read_inputs
-    from raylign.trainers.launch import open_run
+    from raylign.trainers.opening import open_run
     from raylign.trainers.pipeline import run_recipe
     from raylign.trainers.recipe import load_recipe
 

@@ -21,6 +21,8 @@ _FREE = {
     "micro_batch_size",
     "micro_batch_tokens",
     "checkpoint_every",
+    "keep_last",
+    "keep_best",
     "max_failures",
     "timeout_seconds",
     "health_seconds",

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..cluster.config import ClusterConfig, Config, Name
+from ..cluster.config import ClusterConfig, Config, ControllerConfig, Name
 from ..rollout.config import RewardConfig
 from ..serve.config import ServeConfig
 from .stages import DataConfig, OnlineStage, StageConfig
@@ -70,6 +70,7 @@ class RunConfig(Config):
     serve: ServeConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    controller: ControllerConfig = ControllerConfig()
 
     @field_validator("storage")
     @classmethod

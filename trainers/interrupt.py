@@ -1,6 +1,7 @@
 """How a run is asked to end early: a flag in its directory, set by Ctrl-C, `raylign stop` or a job's SIGTERM."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,6 +18,11 @@ def stop_if_asked(run: RunDir) -> None:
         raise StopRequested
 
 
+_ECHO_SECONDS = 0.3
+"""A signal that follows another within so long is the same request: a terminal, and Ray where it stops a job, give it
+to every process, and the supervisor passes on what it gets."""
+
+
 class StopSignals:
     """SIGINT and SIGTERM of a process that works on a run: the first asks the run to stop, a second one ends it.
 
@@ -26,7 +32,7 @@ class StopSignals:
 
     def __init__(self, run: RunDir, say: Callable[[str], None]) -> None:
         self._run, self._say = run, say
-        self._seen = 0
+        self._seen, self._seen_at = 0, 0.0
         self._followed = False
 
     @contextmanager
@@ -40,6 +46,9 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _count(self, _number: int, _frame: object) -> None:
+        before, self._seen_at = self._seen_at, time.monotonic()
+        if self._seen_at - before < _ECHO_SECONDS:
+            return
         self._seen += 1
         if self._seen > 1:
             raise KeyboardInterrupt

@@ -10,83 +10,27 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from ..cluster.errors import InputError, RaylignError, RunFailed
 from ..cluster.placement import Offer, amount, offers
-from ..cluster.rundir import RunDir, refuse_reserved, running_already, write_atomically
+from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
-from .changes import refuse_changes
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs, read_inputs
 from .data.prepare import prepare
 from .interrupt import StopRequested, StopSignals, stop_if_asked
 from .pipeline import check_placement, conclude, demands, run_recipe
-from .recipe import dump_recipe, load_recipe
 
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
 
-def open_run(config: RunConfig, storage: Path, *, named: bool, resume: bool) -> RunDir:
-    """The run's directory, with its recipe in it.
-
-    A name that is taken is an `InputError`, unless it is only the recipe's own: then the run takes the next free one
-    (`quickstart-2`), so that nothing is overwritten. With `resume` a run of that name goes on; a recipe that asks for
-    another result than it began with is an `InputError`, and so is a folder of that name that is no run's.
-    """
-    refuse_reserved(config.name)
-    storage = storage.resolve()
-    run = RunDir(storage / config.name)
-    if resume and (run / "recipe.yaml").exists():
-        _refuse_another(config, run)
-    elif not _claim(run):
-        if resume or named:
-            _refuse_taken(run, resume=resume)
-        else:
-            run = next(r for n in range(2, 10_000) if _claim(r := RunDir(storage / f"{config.name}-{n}")))
-    write_atomically(run / "recipe.yaml", dump_recipe(config.model_copy(update={"name": run.name})))
-    return run
-
-
-def _claim(run: RunDir) -> bool:
-    """Make the directory of a run; false where it is there already, so that two commands never get the same."""
-    try:
-        run.path.mkdir(parents=True)
-        run.created = True
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise InputError(f"cannot write runs to {run.path.parent}: {error.strerror}: give another --storage") from None
-    return True
-
-
-def _refuse_taken(run: RunDir, *, resume: bool) -> None:
-    """Raise `InputError` for a folder that is there already; an empty one may be taken with `resume`."""
-    if (run / "recipe.yaml").exists():
-        status = run.status().get("status", "not begun")
-        raise InputError(
-            f"run {run.name!r} exists in {run.path.parent} ({status}): `raylign resume {run.argument}` goes on "
-            "with it, or take another --name"
-        )
-    if not resume or any(run.path.iterdir()):
-        raise InputError(
-            f"{run.path} is there and is no run's: it has no recipe.yaml; take another --name or --storage"
-        )
-
-
-def _refuse_another(config: RunConfig, run: RunDir) -> None:
-    """Raise `InputError` where a run is at work now, or began with a recipe that gives another result."""
-    if run.held():
-        raise running_already(run)
-    if run.status():
-        refuse_changes(load_recipe(run / "recipe.yaml"), config)
-
-
-def launch(config: RunConfig, run: RunDir, say: Say) -> dict[str, Any]:
+def launch(config: RunConfig, run: RunDir, say: Say, *, again: bool = False) -> dict[str, Any]:
     """Do what is left of a run and return its summary. Raises `RaylignError`; the summary then says `failed`.
+
+    What users ask of the run (stop, workers) is forgotten first, unless it is begun `again` after its controller died.
 
     A run that cannot begin (its inputs are wrong, it does not fit, no cluster answers) leaves no directory behind that
     was not there, and one that cannot go on keeps the status it had. One that is stopped before it is on Ray ends like
@@ -96,7 +40,8 @@ def launch(config: RunConfig, run: RunDir, say: Say) -> dict[str, Any]:
     with run.hold(), StopSignals(run, say).taken() as signals, _log_to(run):
         before = run.status()
         try:
-            run.desire(stop=False, rollout=None)
+            if not again:
+                run.desire(stop=False, rollout=None)
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             run.update_status(run=run.name, status="preparing", reason="", **here)
             inputs = _prove(config, run, signals, say)

@@ -139,7 +139,7 @@ def conclude(
         "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, OnlineStage)),
         "wall_seconds": state.get("wall_seconds", 0.0),
         "peak_memory_gb": state.get("peak_memory_gb", 0.0),
-        **_workers_seen(config, done, state.get("unfinished", {})),
+        **_workers_seen(config, done, state),
     }
     run.write_summary(summary)
     run.update_status(status=status, reason=reason, workers={})
@@ -148,14 +148,15 @@ def conclude(
     return summary
 
 
-def _workers_seen(config: RunConfig, done: Sequence[Finished], unfinished: dict[str, Any]) -> dict[str, Any]:
+def _workers_seen(config: RunConfig, done: Sequence[Finished], state: dict[str, Any]) -> dict[str, Any]:
     """`restarts`, and `workers`: of rollout where the recipe has an online stage, else of training."""
     online = {stage_name(s) for s in config.stages if isinstance(s, OnlineStage)}
     seen = [(d.name, d.restarts, d.workers) for d in done]
-    seen += [(name, part["restarts"], tuple(part["workers"])) for name, part in unfinished.items()]
+    unfinished = state.get("unfinished", {}).items()
+    seen += [(name, part["restarts"], tuple(part["workers"])) for name, part in unfinished]
     bounds = [workers for name, _, workers in seen if name in online or not online]
     return {
-        "restarts": sum(restarts for _, restarts, _ in seen),
+        "restarts": sum(restarts for _, restarts, _ in seen) + state.get("controller_restarts", 0),
         "workers": {
             "min": min((low for low, _ in bounds), default=0),
             "max": max((high for _, high in bounds), default=0),

@@ -31,9 +31,13 @@ Command = Callable[..., Ended]
 
 @pytest.fixture
 def raylign(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Run a command in this process, in a folder of its own; one that starts or joins a Ray fails the test."""
+    """Run a command in this process, in a folder of its own; one that starts or joins a Ray fails the test.
+
+    A run's controller is this process too, without a supervisor, which would fork it.
+    """
     import ray
     from raylign.cli.main import main
+    from raylign.cluster import supervisor
 
     def no_ray(*_: object, **__: object) -> None:
         raise AssertionError("a Ray was started or joined")
@@ -48,6 +52,7 @@ def raylign(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Ended(code if isinstance(code, int) else 0, printed.out, printed.err)
 
     monkeypatch.setattr(ray, "init", no_ray)
+    monkeypatch.setattr(supervisor, "supervised", lambda *_: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

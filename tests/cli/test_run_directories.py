@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.trainers import pipeline
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.shipping import keep
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.submission import Submission
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 
 from .conftest import Command

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.cluster.rundir import RunDir
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 
 from .conftest import Command

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
 

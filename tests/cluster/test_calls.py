@@ -4,7 +4,7 @@ import time
 
 import pytest
 from raylign.cluster import calls
-from raylign.cluster.errors import RunFailed, WorkerLost
+from raylign.cluster.errors import WorkerFailed, WorkerLost
 
 
 class StopNow(Exception):
@@ -49,5 +49,5 @@ def test_a_time_out_inside_a_task_is_the_tasks_own_error(ray_session: str) -> No
     def late() -> None:
         raise TimeoutError("the judge is silent")
 
-    with pytest.raises(RunFailed, match="reward-0 failed in a score: TimeoutError: the judge is silent"):
+    with pytest.raises(WorkerFailed, match="reward-0 failed in a score: TimeoutError: the judge is silent"):
         calls.get(late.remote(), actor="reward-0", what="a score", timeout=60, tick=lambda: None)

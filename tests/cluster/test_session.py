@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 SCRIPT = """
-import json, os, sys, psutil, ray
+import json, os, signal, sys, psutil, ray
 from raylign.cluster.config import ClusterConfig
 from raylign.cluster.session import connect
 
@@ -22,6 +22,10 @@ class Role:
     def environment(self):
         return {k: os.environ.get(k) for k in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
 
+def told(*_):
+    print("told to end", flush=True)
+
+signal.signal(signal.SIGTERM, told)
 with connect(ClusterConfig(cpus=3)) as session:
     role = Role.options(name="run:policy").remote()
     facts = {"address": session.address, "dashboard": session.dashboard_url, "local": session.local}
@@ -86,6 +90,8 @@ def test_a_local_session_has_a_token_and_leaves_nothing(driver: Any, environment
     actors = subprocess.run([ray, "list", "actors"], env=asked, capture_output=True, text=True, check=True)
     assert "run:policy" in actors.stdout
 
+    driver.send_signal(signal.SIGTERM)
+    assert driver.stdout.readline() == "told to end\n"
     driver.stdin.close()
     assert driver.wait(timeout=60) == 0
     assert alive(facts["processes"]) == []

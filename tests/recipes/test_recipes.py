@@ -13,7 +13,7 @@ from raylign.rollout.config import MathReward
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.scorer import Scorer
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import OnlineStage

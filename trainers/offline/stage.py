@@ -185,7 +185,7 @@ def _fit(job: TrainJob, rows: "pa.Table", wait_seconds: float) -> dict[str, Any]
             name=job.checkpoints.name,
             storage_path=str(job.checkpoints.parent),
             failure_config=FailureConfig(max_failures=stage.max_failures, controller_failure_limit=stage.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=stage.keep_last),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )

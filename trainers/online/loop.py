@@ -6,6 +6,9 @@ gives out groups, the ledger counts them. What a step yields depends on the seed
 A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
 lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
 of a checkpoint agree; those waits end by their time-outs. Workers come, go and are replaced during all of them.
+
+A role that dies, hangs or fails is started anew, and the step under way is made again. The policy goes on from the last
+checkpoint then, and what it had learned since is learned again, bit for bit: the weight store holds it to that.
 """
 
 import time
@@ -18,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ...cluster.calls import Wait
-from ...cluster.errors import RaylignError, RunFailed
+from ...cluster.errors import RaylignError, WorkerFailed, WorkerLost
 from ...cluster.rundir import RunDir
 from ...cluster.weights import WeightStore, WeightVersion
 from ...rollout.ledger import GroupState, Ledger
@@ -28,7 +31,7 @@ from ..interrupt import StopRequested, stop_if_asked
 from ..schedule import rows_drawn
 from ..stages import OnlineStage
 from .batch import TrainSample
-from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
+from .checkpoints import Checkpoints
 from .experience import chosen, further_prompts, has_variance, shaped, train_sample, train_samples
 from .metrics import kl_metrics, rollout_metrics, spans_by_worker
 from .progress import Progress
@@ -65,16 +68,22 @@ class OnlineLoop:
     ) -> None:
         self._stage, self._name, self._prompts = stage, name, prompts
         self._roles, self._pool, self._run = roles, pool, run
-        self._checkpoints, self._seed, self._on_metrics = checkpoints, seed, on_metrics
-        self._weights = WeightStore()
+        self._seed, self._on_metrics = seed, on_metrics
+        self._kept = Checkpoints(checkpoints, stage, {"seed": seed, "rows": len(prompts), "stage": name})
+        self._weights = WeightStore(exact=stage.rollout.is_exact)
         self._ledger = Ledger(0, 0, 0, "")
         self._progress = Progress.at_start(stage)
         self._phases: dict[str, float] = {}
         self._now: Wait | None = None
         """The phase under way."""
         self._last_tick = 0.0
-        self._saved: int | None = None
         self._begun = False
+        """Whether any weights have been published."""
+        self._agree = False
+        """Whether the policy holds what `step` says; a checkpoint of it is sound then."""
+        self._failures, self._failed_at = 0, -1
+        self.restarts = 0
+        """How often roles were started anew."""
         self.step = 0
         self.stopped = False
         self.last_metrics: dict[str, float] = {}
@@ -93,31 +102,57 @@ class OnlineLoop:
     def run(self) -> None:
         """Start the roles and go on from the last checkpoint, if any, to the last step or until asked to stop.
 
-        What ends it early says which checkpoint `raylign resume` goes on from.
+        Roles that are lost are started anew, at most `max_failures` times without a finished step in between. What ends
+        it early says which checkpoint `raylign resume` goes on from.
         """
         try:
-            self._roles.start(tick=self._tick)
-            self._restore()
-            self._pool.start(self._weights.current, tick=self._tick)
-            while self.step < self._stage.steps:
-                stop_if_asked(self._run)
-                self._follow()
-                self._train_step(self.step)
-                self.step += 1
-                if self._checkpoint_due():
-                    self._checkpoint()
-        except StopRequested:
-            self.stopped = True
-            if self._begun:
-                self._checkpoint()
+            while not self.stopped and not self._went_on():
+                pass
         except RaylignError as error:
-            raise type(error)(f"{error}; {self._way_on()}") from error
+            raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
         self._run.update_status(waiting=[])
 
-    def _way_on(self) -> str:
-        if self._saved is None:
-            return f"stage {self._name} has no checkpoint yet: `raylign resume {self._run.argument}` begins it again"
-        return f"the last checkpoint is step {self._saved}: `raylign resume {self._run.argument}` goes on from it"
+    def _went_on(self) -> bool:
+        """Train until the last step, a stop, or the loss of a role, which is replaced; whether the stage is done."""
+        try:
+            try:
+                self._go_on()
+            except StopRequested:
+                self.stopped = True
+                self._checkpoint()
+        except (WorkerLost, WorkerFailed) as error:
+            self._replace_lost(error)
+            return False
+        return True
+
+    def _go_on(self) -> None:
+        """Start the roles that are not there, and train to the last step from where the policy is."""
+        if self._roles.start(tick=self._tick):
+            self._restore()
+        hold = self._pool.set_weights if self._pool.size else self._pool.start
+        hold(self._weights.current, tick=self._tick)
+        while self.step < self._stage.steps:
+            stop_if_asked(self._run)
+            self._follow()
+            self._train_step(self.step)
+            self.step, self._agree = self.step + 1, True
+            if self._kept.due(self.step):
+                self._checkpoint()
+
+    def _replace_lost(self, error: RaylignError) -> None:
+        """End the roles that were lost, and the policy with them where it is in the middle of a step.
+
+        Raises `error` where none was, or that happens too often without a finished step in between.
+        """
+        lost = self._roles.lost | ({"policy-0"} if self._roles.lost and not self._agree else set())
+        self._failures = 1 if self.step > self._failed_at else self._failures + 1
+        self._failed_at = max(self._failed_at, self.step)
+        self._agree = self._agree and "policy-0" not in lost
+        if not lost or self._failures > self._stage.max_failures:
+            raise error
+        self.restarts += 1
+        self._run.event("role_lost", stage=self._name, step=self.step, roles=sorted(lost), reason=str(error))
+        self._roles.end(lost)
 
     def _train_step(self, step: int) -> None:
         self._phases = {}
@@ -181,6 +216,7 @@ class OnlineLoop:
         return train_samples(groups, self._stage, self._progress.kl_coefficient)
 
     def _update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
+        self._agree = False
         with self._phase("update", lane="policy-0"):
             return self._roles.update(samples, step, self._progress.kl_coefficient, tick=self._look_after)
 
@@ -209,50 +245,37 @@ class OnlineLoop:
         low, high = self.workers_seen
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self.last_metrics = metrics
+        self._kept.note(metrics)
         self._run.metrics(self._name, step, metrics)
         self._roles.write_samples(step, scored)
         self._say(step + 1)
         self._on_metrics(step, metrics)
 
     def _restore(self) -> None:
-        checkpoint, broken = latest_checkpoint(self._checkpoints)
+        """Have a new policy go on from the last checkpoint, if any, and publish what it holds then."""
+        checkpoint, broken = self._kept.latest()
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
+        self.step = checkpoint.step if checkpoint else 0
+        self._progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress.at_start(self._stage)
         if checkpoint:
-            self.step = self._saved = checkpoint.step
-            self._refuse_another(checkpoint, seed=self._seed, rows=len(self._prompts))
-            self._progress = Progress(**checkpoint.state["progress"])
             self._roles.load(checkpoint.path, tick=self._tick)
-        published = self._weights.publish(self._roles.publish(self.step, (), tick=self._tick), changed=False)
+        published = self._weights.begin_at(self._roles.publish(self.step, (), tick=self._tick))
         if checkpoint:
-            self._refuse_another(checkpoint, digest=published.digest)
-            self._run.event("resumed", stage=self._name, step=checkpoint.step)
-        self._begun = True
-
-    def _refuse_another(self, checkpoint: Checkpoint, **now: object) -> None:
-        """Raise `RunFailed` where a checkpoint's facts differ from those of this run: going on would mix two runs."""
-        for key, value in now.items():
-            before = checkpoint.state.get(key)
-            if before != value:
-                raise RunFailed(
-                    f"checkpoint {checkpoint.path} was made with {key} {before!r}, and this run has {value!r}: put "
-                    "model, data and seed back as they were, or begin another run with --name"
-                )
-
-    def _checkpoint_due(self) -> bool:
-        every = self._stage.checkpoint_every or max(1, self._stage.steps // 10)
-        return self.step % every == 0 or self.step == self._stage.steps
+            checkpoint.refuse_another(digest=published.digest)
+        if checkpoint or self._begun:
+            self._run.event("resumed", stage=self._name, step=self.step)
+        self._begun = self._agree = True
 
     def _checkpoint(self) -> None:
-        """Save the step, unless it is saved already."""
-        if self._saved == self.step:
+        """Save the step, unless it is saved already or the policy does not hold it."""
+        if self._kept.saved == self.step or not self._agree:
             return
         current = self._weights.current
-        state = {"version": current.version, "digest": current.digest, "seed": self._seed, "stage": self._name}
-        state |= {"rows": len(self._prompts), "ledger": self._ledger.counts(), "progress": asdict(self._progress)}
+        state = {"version": current.version, "digest": current.digest, "ledger": self._ledger.counts()}
+        state["progress"] = asdict(self._progress)
         with self._phase("checkpoint"):
-            write_checkpoint(self._checkpoints, self.step, state, partial(self._roles.save, tick=self._look_after))
-        self._saved = self.step
+            self._kept.save(self.step, state, partial(self._roles.save, tick=self._look_after))
         self._run.event("checkpoint", stage=self._name, step=self.step)
 
     def _tick(self) -> None:
@@ -262,9 +285,13 @@ class OnlineLoop:
             self._look_after()
 
     def _look_after(self) -> None:
-        """At most twice a second: follow a request to scale, replace who is lost, say where the run is."""
+        """At most twice a second: follow a request to scale, replace who is lost, say where the run is.
+
+        Raises `WorkerLost` where the policy is gone.
+        """
         if self._due():
             self._last_tick = time.monotonic()
+            self._roles.look_after()
             self._follow()
             self._say(self.step)
 

@@ -201,8 +201,13 @@ class PolicyActor:
         return WeightVersion(version=version, digest=digest.result(), parcel=parcel, config=config, base=self._base)
 
     def save(self, folder: Path) -> None:
-        """Write the training state into a folder on the run's storage."""
-        self._policy.save(folder)
+        """Write the training state into a folder on the run's storage. Raises `RunFailed` where it cannot."""
+        from safetensors import SafetensorError
+
+        try:
+            self._policy.save(folder)
+        except (OSError, SafetensorError) as error:  # a full disk, which another attempt would find full too
+            raise RunFailed(f"the policy cannot write its checkpoint {folder}: {error}") from error
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
+from ...cluster.errors import WorkerFailed, WorkerLost
 from ...cluster.placement import amount, node_of, place, release
 from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
@@ -22,6 +23,9 @@ from .samples import write_samples
 
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
+
+END_SECONDS = 60.0
+"""How long an actor that was ended may go on holding its name."""
 
 _STATELESS = {"max_restarts": 3, "max_task_retries": 3}
 """Ray starts these again elsewhere and repeats the call: what they answer depends on what they are asked alone."""
@@ -43,11 +47,15 @@ class Roles:
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
-        self._placements: list[Any] = []
+        self._placements: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
         self._scorers: list[str] = []
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
+        self._pulse: Any = None
+        """An open call on the policy, which ends at once when its process does."""
+        self.lost: set[str] = set()
+        """Who died, hung or failed; `start` begins them anew after `end`."""
 
     def waiting(self) -> list[Wait]:
         """What is waited for from an actor now."""
@@ -55,37 +63,45 @@ class Roles:
 
     @contextmanager
     def _waiting(self, name: str, what: str) -> Iterator[None]:
-        """Say what is waited for while the block lasts."""
+        """Say what is waited for while the block lasts, and note who is lost in it."""
         wait = Wait(what, f"{self._prefix}{name}", self._nodes.get(name, ""), time.time())
         self._waits.append(wait)
         try:
             yield
+        except (WorkerLost, WorkerFailed):
+            self.lost = self.lost or {name}  # the first: a wait may end because `tick` found another one dead
+            raise
         finally:
             self._waits.remove(wait)
 
-    def start(self, *, tick: Tick) -> None:
-        """Give every actor a place, begin them side by side, and wait until all are up.
+    def start(self, *, tick: Tick) -> bool:
+        """Give every actor that is not there a place, begin them side by side, and wait until all are up.
 
-        Raises `DoesNotFit` for one without a place after `wait_seconds`, `WorkerLost` for one that is not up
-        `LOAD_SECONDS` later, and what a constructor raised.
+        Returns whether the policy is a new one, which has learned nothing yet. Raises `DoesNotFit` for one without a
+        place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
+        raised.
         """
         from ...rollout.rewards.scorer import Scorer
 
         stage = self._stage
-        self._begin("policy-0", PolicyActor, stage.policy, (self._spec,), tick)
+        new = self._begin("policy-0", PolicyActor, stage.policy, (self._spec,), tick)
         if stage.kl:
             self._begin("reference", ReferenceActor, stage.reference, (self._spec,), tick, **_STATELESS)
         for i in range(stage.scoring.workers):
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error)
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
-            self._scorers.append(f"reward-{i}")
+        self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
         for name, actor in self._actors.items():
             with self._waiting(name, "its start"):
                 calls.get(actor.__ray_ready__.remote(), actor=name, what="its start", timeout=LOAD_SECONDS, tick=tick)
+        return new
 
     def _begin(
         self, name: str, role: type, resources: Resources, given: tuple[Any, ...], tick: Tick, **options: int
-    ) -> None:
+    ) -> bool:
+        """Start an actor unless it is there; whether it was not."""
+        if name in self._actors:
+            return False
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -93,9 +109,10 @@ class Roles:
             tick()  # what it raises gives the place back
             return False
 
+        calls.wait_until_gone(f"{self._prefix}{name}", timeout=END_SECONDS, tick=tick)
         with self._waiting(name, f"a place with {amount(resources.cpus, resources.gpus)}"):
             placement = place(f"{self._prefix}{name}", resources, self._wait_seconds, cancelled=cancelled)
-        self._placements.append(placement)
+        self._placements[name] = placement
         self._nodes[name] = node_of(placement) or ""
         actor = ray.remote(role).options(
             name=f"{self._prefix}{name}",
@@ -105,6 +122,20 @@ class Roles:
             **options,
         )
         self._actors[name] = actor.remote(*given)
+        return True
+
+    def look_after(self) -> None:
+        """Notice the policy's death while nothing is asked of it. Raises `WorkerLost`."""
+        import ray
+
+        if "policy-0" not in self._actors:
+            return
+        self._pulse = self._pulse or self._actors["policy-0"].__ray_ready__.remote()
+        if not ray.wait([self._pulse], timeout=0)[0]:
+            return
+        pulse, self._pulse = self._pulse, None
+        with self._waiting("policy-0", "a sign of life"):
+            calls.get(pulse, actor="policy-0", what="its idle time", timeout=0)
 
     def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
         """Groups with rewards, in order; scorers work side by side."""
@@ -120,8 +151,9 @@ class Roles:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
         counts: Counter[str] = Counter()
         for name in self._scorers:
-            ref = self._actors[name].counters.remote()
-            counts.update(calls.get(ref, actor=name, what="its counters", timeout=self._timeout))
+            with self._waiting(name, "its counters"):
+                ref = self._actors[name].counters.remote()
+                counts.update(calls.get(ref, actor=name, what="its counters", timeout=self._timeout))
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
     def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
@@ -161,9 +193,17 @@ class Roles:
         """How many actors each role has."""
         return {"policy": 1, "reference": int("reference" in self._actors), "reward": len(self._scorers)}
 
+    def end(self, names: Iterable[str]) -> None:
+        """End these actors, whatever they are at, and give their places back."""
+        for name in names:
+            calls.end([actor] if (actor := self._actors.pop(name, None)) else [])
+            if placement := self._placements.pop(name, None):
+                release(placement)
+            self._nodes.pop(name, None)
+            if name == "policy-0":
+                self._pulse = None
+        self.lost = set()
+
     def close(self) -> None:
-        """End every actor and give its place back."""
-        calls.end(list(self._actors.values()))
-        for placement in self._placements:
-            release(placement)
-        self._actors, self._placements, self._scorers, self._nodes = {}, [], [], {}
+        """End every actor."""
+        self.end({*self._actors, *self._placements})

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from ...cluster import calls
 from ...cluster.rundir import RunDir
 from ...cluster.weights import ObjectStore, base_digest, save_adapter, tensors_of
 from ...rollout.pool import RolloutPool
@@ -18,7 +19,7 @@ from ..model_state import ModelState, StageOutcome
 from ..stages import OnlineStage
 from .loop import OnlineLoop, Prompt
 from .policy import PolicySpec
-from .roles import Roles
+from .roles import END_SECONDS, Roles
 
 
 def run_online_stage(
@@ -54,6 +55,7 @@ def run_online_stage(
         max_length=stage.rollout.max_prompt_tokens + stage.rollout.sampling.max_tokens,
         stop_token_ids=tuple(sorted(stop_tokens(tokenizer))),
     )
+    calls.wait_until_gone(f"{run.name}/{name}", timeout=END_SECONDS)  # of a controller that died
     prefix = f"{run.name}/{name}/"
     wait = config.cluster.wait_seconds
     roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait)
@@ -80,7 +82,7 @@ def run_online_stage(
         steps=loop.step,
         seconds=time.time() - began,
         stopped=loop.stopped,
-        restarts=pool.restarts,
+        restarts=pool.restarts + loop.restarts,
         version=loop.version,
         workers=loop.workers_seen,
     )

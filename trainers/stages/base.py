@@ -58,3 +58,5 @@ class StageBase(Config):
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; a tenth of the stage by default. One is always written at the end and on a stop."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many checkpoints stay; the one before the newest is for a newest that turns out to be damaged."""

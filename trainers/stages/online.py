@@ -93,6 +93,15 @@ class OverlongConfig(Config):
     penalty: float = Field(default=1.0, gt=0)
 
 
+class KeepBest(Config):
+    """Checkpoints that stay, beside the last ones, because a metric was best in the steps that led to them."""
+
+    count: int = Field(default=1, ge=1)
+    metric: str = "reward/mean"
+    """Any metric of a step; its mean over the steps since the checkpoint before counts."""
+    mode: Literal["max", "min"] = "max"
+
+
 class OnlineStage(StageBase):
     """Reinforcement learning with separate policy, reference, reward and rollout actors.
 
@@ -137,11 +146,14 @@ class OnlineStage(StageBase):
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward and backward on the policy."""
     staleness: Literal[0] = 0
+    keep_best: KeepBest | None = None
     policy: Resources = Resources()
     reference: Resources = Resources(cpus=0.5)
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
     counts as lost; `rollout.timeout_seconds` is for one group's generation."""
+    max_failures: int = Field(default=2, ge=0)
+    """How often, without a finished step in between, lost roles (policy, reference, rewards) are started anew."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import run_recipe
 
 

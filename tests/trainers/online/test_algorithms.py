@@ -16,7 +16,7 @@ from raylign.cluster.weights import base_digest
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
 from raylign.trainers.online.roles import Roles
@@ -60,8 +60,9 @@ class InProcess:
 class RolesHere(Roles):
     """Roles without processes."""
 
-    def _begin(self, name: str, role: type, resources: Any, given: tuple[Any, ...], *_: Any, **__: Any) -> None:
+    def _begin(self, name: str, role: type, resources: Any, given: tuple[Any, ...], *_: Any, **__: Any) -> bool:
         self._actors[name] = InProcess(role(*given))
+        return True
 
 
 @pytest.fixture(scope="module")

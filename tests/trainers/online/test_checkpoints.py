@@ -1,9 +1,15 @@
 """A checkpoint is whole or it does not exist."""
 
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from raylign.trainers.online.checkpoints import latest_checkpoint, write_checkpoint
+from raylign.cluster.errors import InputError, RunFailed
+from raylign.trainers.online.checkpoints import Checkpoints, Keep, latest_checkpoint, write_checkpoint
+from raylign.trainers.stages import OnlineStage
+from safetensors import SafetensorError
 
 
 def fill(text: str):
@@ -17,6 +23,46 @@ def test_the_newest_is_found_and_two_are_kept(tmp_path: Path) -> None:
     assert found is not None
     assert (found.step, found.state["digest"], broken) == (15, "d15", [])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000010", "step-000015"]
+
+
+def test_the_best_stay_beside_the_last_and_of_equals_the_later(tmp_path: Path) -> None:
+    scores = {5: 0.1, 10: 0.9, 15: 0.9, 20: 0.3, 25: 0.2, 30: None}
+    for step, score in scores.items():
+        write_checkpoint(tmp_path, step, {"score": score} if score else {}, fill("x"), Keep(last=2, best=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000015", "step-000025", "step-000030"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_torn(small_disk: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    def save(elements: int) -> Callable[[Path], None]:
+        return lambda folder: save_file({"a": torch.zeros(elements)}, folder / "policy.safetensors")
+
+    write_checkpoint(small_disk, 5, {}, save(100))
+    with pytest.raises(SafetensorError, match="No space left on device"):
+        write_checkpoint(small_disk, 10, {}, save(100_000))
+    (small_disk / "ballast").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    with pytest.raises(RunFailed, match="checkpoint of step 10 cannot be written"):
+        write_checkpoint(small_disk, 10, {}, lambda folder: (folder / "weights").write_text("ten"))
+    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "step-000005"]
+    found, broken = latest_checkpoint(small_disk)
+    assert found is not None
+    assert (found.step, broken) == (5, [])
+    (small_disk / "ballast").unlink()
+    assert write_checkpoint(small_disk, 10, {}, save(100)).step == 10
 
 
 @pytest.mark.parametrize("damage", ["truncate", "missing", "manifest", "extra"])
@@ -44,7 +90,7 @@ def test_a_write_that_fails_leaves_what_was(tmp_path: Path) -> None:
         (folder / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailed, match=r"checkpoint of step 10 cannot be written to .*: No space left"):
         write_checkpoint(tmp_path, 10, {}, no_space)
     found, broken = latest_checkpoint(tmp_path)
     assert found is not None
@@ -73,6 +119,32 @@ def test_a_write_that_fails_gives_its_space_back(tmp_path: Path) -> None:
         (folder / "weights").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunFailed, match=r"checkpoint of step 10 cannot be written to .*: No space left"):
         write_checkpoint(tmp_path, 10, {}, no_space)
     assert list(tmp_path.iterdir()) == []
+
+
+def stage_of(**more: object) -> OnlineStage:
+    rewards = [{"type": "format", "pattern": "4"}]
+    return OnlineStage.model_validate({"data": {"path": "prompts.jsonl"}, "rewards": rewards, "steps": 40, **more})
+
+
+def test_a_stage_keeps_the_checkpoint_of_its_best_steps_and_goes_on_from_the_last(tmp_path: Path) -> None:
+    stage = stage_of(keep_last=1, keep_best={"metric": "kl", "mode": "min"}, checkpoint_every=2)
+    kept = Checkpoints(tmp_path, stage, {"seed": 5})
+    for step, kl in enumerate([0.9, 0.7, 0.1, 0.3, 0.5, 0.5], 1):  # means of two: 0.8, 0.2, 0.5
+        kept.note({"reward/mean": 1.0, "kl": kl})
+        if kept.due(step):
+            kept.save(step, {}, fill("x"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
+    found, _ = Checkpoints(tmp_path, stage, {"seed": 5}).latest()
+    assert found is not None
+    assert found.state == {"seed": 5, "score": -0.5, "step": 6}
+    with pytest.raises(RunFailed, match="was made with seed 5, and this run has 6"):
+        Checkpoints(tmp_path, stage, {"seed": 6}).latest()
+
+
+def test_a_metric_that_no_step_has_is_refused_at_the_first(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, stage_of(keep_best={"metric": "rewards/mean"}), {})
+    with pytest.raises(InputError, match=r"keep_best.metric 'rewards/mean' is no metric of a step: there are kl, rew"):
+        kept.note({"reward/mean": 1.0, "kl": 0.1})

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from raylign.cluster.errors import RaylignError, RunFailed
 from raylign.cluster.rundir import RunDir
-from raylign.trainers.launch import launch, open_run
+from raylign.trainers.launch import launch
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 
 
@@ -27,11 +28,12 @@ def begin(
         "stages__0__checkpoint_every": 2,
         "stages__0__rollout__resources": "{cpus: 3}",
         "stages__0__rollout__timeout_seconds": 5,
+        "stages__0__rewards": "[{type: function, path: 'rewards.py:held'}]",
         "cluster": "{wait_seconds: 30, cpus: 8}",
     }
 
-    def begin(name: str, steps: int, *, resume: bool = False) -> tuple[RunDir, dict[str, Any]]:
-        path = tiny_grpo(name, stages__0__steps=steps, **hurried)
+    def begin(name: str, steps: int, *, resume: bool = False, **more: Any) -> tuple[RunDir, dict[str, Any]]:
+        path = tiny_grpo(name, stages__0__steps=steps, **hurried | more)
         run = open_run(load_recipe(path), tmp_path, named=True, resume=resume)
         return run, launch(load_recipe(path), run, lambda _: None)
 
@@ -57,6 +59,14 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
         raise errors[0]
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep the run from ending meanwhile: no reward answers."""
+    (folder / "hold").touch()
+    yield
+    (folder / "hold").unlink()
+
+
 def until(what: str, holds: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -70,22 +80,32 @@ def pid_of(actor: str) -> int:
     return next(a["Pid"] for a in actors(actor_state_name="ALIVE").values() if a["Name"] == actor)
 
 
-def test_a_dead_policy_ends_the_run_and_a_resume_gives_the_undisturbed_weights(
+def test_a_policy_that_hangs_is_started_anew_and_one_that_dies_too_often_ends_the_run(
     begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
 ) -> None:
     _, undisturbed = begin("calm", 8)
     run = RunDir(tmp_path / "dies")
 
-    def kill() -> None:
+    def hang_and_kill() -> None:
         until("three steps are done", lambda: len(run.all_metrics()) >= 3)
-        os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
+        with held(tmp_path):
+            os.kill(pid_of("dies/grpo/policy-0"), signal.SIGSTOP)
+        until("it is missed", lambda: bool(run.events("role_lost")))
+        with held(tmp_path):
+            until("it is replaced", lambda: bool(run.events("resumed")))
+            os.kill(pid_of("dies/grpo/policy-0"), signal.SIGKILL)
+            until("that is noticed", lambda: bool(run.summary()))
 
-    with meanwhile(kill), pytest.raises(RunFailed, match=r"policy-0 was lost during .*; the last checkpoint is step"):
-        begin("dies", 8)
+    with (
+        meanwhile(hang_and_kill),
+        pytest.raises(RunFailed, match=r"policy-0 was lost during .*; stage grpo has no checkpoint yet"),
+    ):
+        begin("dies", 8, stages__0__max_failures=1, stages__0__timeout_seconds=5, stages__0__checkpoint_every=8)
+    assert [e["roles"] for e in run.events("role_lost")] == [["policy-0"]]
     assert RunFailed.exit_code == RaylignError.exit_code == 1
     failed = run.summary()
     assert failed["status"] == "failed"
-    assert f"`raylign resume dies --storage {tmp_path}` goes on" in failed["reason"]
+    assert f"`raylign resume dies --storage {tmp_path}` begins it again" in failed["reason"]
     _, resumed = begin("dies", 8, resume=True)
     assert resumed["status"] == "succeeded"
     assert resumed["weights"] == undisturbed["weights"]

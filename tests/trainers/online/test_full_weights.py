@@ -8,7 +8,7 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, tensors_digest
 from raylign.trainers.adapters import export_weights, open_base
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
+from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import finished, run_recipe
 from raylign.trainers.recipe import load_recipe
 

@@ -11,9 +11,9 @@ from raylign.cluster.errors import DoesNotFit, RunFailed
 from raylign.cluster.placement import place, release
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.launch import open_run
 from raylign.trainers.model_state import ModelState, StageOutcome
 from raylign.trainers.online.stage import run_online_stage
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 
 
