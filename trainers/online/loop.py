@@ -257,7 +257,7 @@ class OnlineLoop:
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
         self.step = checkpoint.step if checkpoint else 0
-        self._progress = Progress(**checkpoint.state["progress"]) if checkpoint else Progress.at_start(self._stage)
+        self._progress = Progress.of(checkpoint) if checkpoint else Progress.at_start(self._stage)
         if checkpoint:
             self._roles.load(checkpoint.path, tick=self._tick)
         published = self._weights.begin_at(self._roles.publish(self.step, (), tick=self._tick))

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...cluster.errors import RunFailed
 from ...rollout.records import Group
 from ..stages import AdaptiveKl, OnlineStage
+from .checkpoints import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,16 @@ class Progress:
     def at_start(cls, stage: OnlineStage) -> "Progress":
         """Before the first step."""
         return cls(kl_coefficient=stage.kl.coefficient if stage.kl else 0.0)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Progress":
+        """As a checkpoint has it. Raises `RunFailed` for one of before there was any."""
+        if "progress" not in checkpoint.state:
+            raise RunFailed(
+                f"checkpoint {checkpoint.path} does not say how many prompts were drawn: an older raylign wrote it; "
+                "begin another run with --name"
+            )
+        return cls(**checkpoint.state["progress"])
 
     def after(self, drawn: int, groups: Sequence[Group], stage: OnlineStage) -> "Progress":
         """After a step that drew so many prompts and trained on these groups, with the reference's log-probs."""

@@ -16,11 +16,11 @@ from raylign.cluster.weights import base_digest
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
-from raylign.trainers.opening import open_run
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
 from raylign.trainers.online.roles import Roles
 from raylign.trainers.online.stage import _prompts
+from raylign.trainers.opening import open_run
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import ALGORITHMS
 

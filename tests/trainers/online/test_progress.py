@@ -1,8 +1,12 @@
 """What passes from step to step: prompts drawn, and Ziegler's controller of the KL's coefficient."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from raylign.cluster.errors import RunFailed
 from raylign.rollout.records import Group, Sample
+from raylign.trainers.online.checkpoints import Checkpoint
 from raylign.trainers.online.progress import Progress, adapted, completion_kl
 from raylign.trainers.stages import AdaptiveKl, OnlineStage
 
@@ -56,3 +60,10 @@ def test_a_step_moves_prompts_and_coefficient() -> None:
     assert start.after(16, groups, moving).kl_coefficient == pytest.approx(0.1 * (1 + 0.1 * 0.128))
     assert start.after(16, [], moving).kl_coefficient == 0.1
     assert Progress.at_start(OnlineStage.model_validate(fields)).kl_coefficient == 0
+
+
+def test_a_checkpoint_from_before_there_was_any_is_refused(tmp_path: Path):
+    whole = Checkpoint(tmp_path, 3, {"progress": {"drawn": 24, "kl_coefficient": 0.02}})
+    assert Progress.of(whole) == Progress(drawn=24, kl_coefficient=0.02)
+    with pytest.raises(RunFailed, match="an older raylign wrote it; begin another run with --name"):
+        Progress.of(Checkpoint(tmp_path, 3, {"version": 3}))
