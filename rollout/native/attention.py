@@ -19,7 +19,7 @@ from .tiles import HEIGHTS, PANEL, height_of, multiply_tile
 ROWS = HEIGHTS[0]
 """Queries that go together at most."""
 
-_ZERO = np.float32(0)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _ZEROS = np.zeros(PANEL, np.float32)
 
 
@@ -34,9 +34,9 @@ class Scratch:
 
     def __init__(self, places: int, shared: int, size: int, width: int) -> None:
         together = max(ROWS, shared)
-        queries, out = np.empty((together, size), np.float32), np.empty((together, width), np.float32)
-        self.arrays = (queries, np.empty((together, -(-places // BLOCK) * BLOCK), np.float32), out)
-        """The last arguments of `attend`: queries, scores and sums."""
+        shapes = ((together, size), (together, -(-places // BLOCK) * BLOCK), (together, width), (BLOCK,))
+        self.arrays = tuple(np.empty(shape, np.float32) for shape in shapes)
+        """The last arguments of `attend`: queries, scores, sums and lanes."""
 
 
 @compiled(**FAST)
@@ -75,12 +75,12 @@ def rotate_and_store(
 @compiled(**FAST)
 def attend(
     q: Any, keys: Any, values: Any, rows: Any, positions: Any, tables: Any,
-    scale: Any, window: int, cap: Any, out: Any, queries: Any, scores: Any, sums: Any,
+    scale: Any, window: int, cap: Any, out: Any, queries: Any, scores: Any, sums: Any, lanes: Any,
 ) -> None:  # fmt: skip
     """Attention of each token `q` `[T, H, D]` over its row's places 0 … position into `out` `[T, H, ≤ E]`, all float32.
 
     `window` > 0 leaves out places that many or more before the token; `cap` > 0 soft-caps the scores (Gemma 2).
-    `queries`, `scores` and `sums` are those of a `Scratch`.
+    `queries`, `scores`, `sums` and `lanes` are those of a `Scratch`.
     """
     shared = q.shape[1] // keys.shape[1]
     together = max(1, ROWS // shared)
@@ -97,7 +97,7 @@ def attend(
         for h in range(keys.shape[1]):
             _attend_together(
                 q, keys, values, positions, tables[rows[begin]], scale, window, cap, out, queries, scores, sums,
-                begin, end, h, shared,
+                lanes, begin, end, h, shared,
             )  # fmt: skip
         begin = end
 
@@ -105,7 +105,7 @@ def attend(
 @compiled(**FAST)
 def _attend_together(
     q: Any, keys: Any, values: Any, positions: Any, table: Any, scale: Any, window: int, cap: Any, out: Any,
-    queries: Any, scores: Any, sums: Any, begin: int, end: int, h: int, shared: int,
+    queries: Any, scores: Any, sums: Any, lanes: Any, begin: int, end: int, h: int, shared: int,
 ) -> None:  # fmt: skip
     """The tokens `begin` … `end - 1` of one row, for the queries that share key head `h`."""
     count = (end - begin) * shared
@@ -120,16 +120,13 @@ def _attend_together(
     for r in range(count):
         stop = positions[begin + r // shared] + 1
         start = max(0, stop - window) if window > 0 else 0
+        own = scores[r, start:stop]
         if cap > 0:
-            for i in range(start, stop):
-                scores[r, i] = cap * np.tanh(scores[r, i] / cap)
-        total = _softmax(scores[r], start, stop)
-        for i in range(start, stop):
-            scores[r, i] /= total
-        for i in range(first, start):
-            scores[r, i] = _ZERO
-        for i in range(stop, last):
-            scores[r, i] = _ZERO
+            for i in range(own.shape[0]):
+                own[i] = cap * np.tanh(own[i] / cap)
+        _softmax(own, lanes)
+        scores[r, first:start] = _ZERO
+        scores[r, stop:last] = _ZERO
     _gather(scores, values, h, table, first, last, count, sums)
     for r in range(count):
         o = out[begin + r // shared, h * shared + r % shared]
@@ -155,17 +152,35 @@ def _score(queries: Any, keys: Any, h: int, table: Any, first: int, last: int, c
 
 
 @compiled(**FAST)
-def _softmax(scores: Any, begin: int, end: int) -> Any:
-    """Turn the scores of places begin … end - 1 into weights, in place; returns their sum."""
-    top = scores[begin]
-    for i in range(begin + 1, end):
-        top = max(top, scores[i])
+def _largest(scores: Any, lanes: Any) -> Any:
+    """The largest score, found lane by lane: of a plain loop the compiler makes no vectors where numbers may be NaN."""
+    for j in range(BLOCK):
+        lanes[j] = scores[0]
+    whole = scores.shape[0] // BLOCK
+    for n in range(whole):
+        block = scores[n * BLOCK : (n + 1) * BLOCK]
+        for j in range(BLOCK):
+            lanes[j] = block[j] if block[j] > lanes[j] else lanes[j]
+    top = lanes[0]
+    for j in range(1, BLOCK):
+        top = max(top, lanes[j])
+    for j in range(whole * BLOCK, scores.shape[0]):
+        top = max(top, scores[j])
+    return top
+
+
+@compiled(**FAST)
+def _softmax(scores: Any, lanes: Any) -> None:
+    """Turn scores into weights whose sum is 1, in place."""
+    top = _largest(scores, lanes)
     total = _ZERO
-    for i in range(begin, end):
+    for i in range(scores.shape[0]):  # from 0 on: with any other beginning numba looks for negative places in each turn
         weight = exp_(scores[i] - top)
         scores[i] = weight
         total += weight
-    return total
+    share = _ONE / total
+    for i in range(scores.shape[0]):
+        scores[i] *= share
 
 
 @compiled(**FAST)
