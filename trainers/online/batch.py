@@ -18,6 +18,8 @@ class TrainSample:
     behaviour: np.ndarray
     advantages: np.ndarray
     reference: np.ndarray | None = None
+    old: np.ndarray | None = None
+    """The policy's log-probs before the step's first update, where there are several."""
 
     @property
     def length(self) -> int:

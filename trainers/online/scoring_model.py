@@ -26,13 +26,14 @@ class Aligned:
     mask_BK: Tensor
     behaviour_BK: Tensor
     reference_BK: Tensor | None
+    old_BK: Tensor | None
     advantages_BK: Tensor
 
 
 def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
     """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at.
 
-    Raises `ValueError` where some samples have the reference's log-probs and some do not.
+    Raises `ValueError` where some samples have the reference's log-probs, or those before the step, and some do not.
     """
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
@@ -46,10 +47,13 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
             line[start : start + len(row)] = row
         return torch.from_numpy(out).to(device)
 
+    def where_all_have(rows: Sequence[np.ndarray | None], what: str) -> Tensor | None:
+        known = [row for row in rows if row is not None]
+        if known and len(known) < len(rows):
+            raise ValueError(f"{len(rows) - len(known)} of {len(rows)} samples lack {what}")
+        return at_completion(known) if known else None
+
     ids_BL = torch.from_numpy(ids).to(device)
-    references = [s.reference for s in samples if s.reference is not None]
-    if references and len(references) < len(samples):
-        raise ValueError(f"{len(samples) - len(references)} of {len(samples)} samples lack the reference's log-probs")
     return Aligned(
         ids_BL=ids_BL,
         attention_BL=torch.from_numpy(attention).to(device),
@@ -57,7 +61,8 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         targets_BK=ids_BL[:, first + 1 :],
         mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
         behaviour_BK=at_completion([s.behaviour for s in samples]),
-        reference_BK=at_completion(references) if references else None,
+        reference_BK=where_all_have([s.reference for s in samples], "the reference's log-probs"),
+        old_BK=where_all_have([s.old for s in samples], "the policy's log-probs before the step"),
         advantages_BK=at_completion([s.advantages for s in samples]),
     )
 

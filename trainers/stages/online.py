@@ -134,6 +134,10 @@ class OnlineStage(StageBase):
     """Leave completions that were cut at `max_tokens` out of the update; their rewards count in their groups' means."""
     dynamic_sampling: DynamicSampling | None = None
     overlong: OverlongConfig | None = None
+    epochs: int = Field(default=1, ge=1)
+    """How often a step's completions are trained on."""
+    minibatches: int = Field(default=1, ge=1)
+    """Parts into which each epoch cuts them, with an update each; from the second update on, ratios differ from 1."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward and backward on the policy."""
     staleness: Literal[0] = 0
@@ -187,6 +191,20 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _updates_make_sense(self) -> "OnlineStage":
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into minibatches of equal size: minibatches is "
+                f"{self.minibatches}; take a multiple of {self.minibatches}"
+            )
+        if self.advantage == "preference" and self.updates_per_step > 1:
+            raise ValueError(
+                f"epochs {self.epochs} and minibatches {self.minibatches}: DPO's gradient is known before a step's "
+                "first update alone; take 1 and 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _buffer_fits(self) -> "OnlineStage":
         longest = self.rollout.sampling.max_tokens
         if self.overlong and self.overlong_buffer >= longest:
@@ -200,6 +218,11 @@ class OnlineStage(StageBase):
     def prompts_per_step(self) -> int:
         """Groups of a step."""
         return self.batch_size // self.rollout.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on the completions of one step."""
+        return self.epochs * self.minibatches
 
     @property
     def overlong_buffer(self) -> int:

@@ -10,6 +10,7 @@ from raylign.trainers.online.losses import (
     LossSettings,
     Tokens,
     Totals,
+    averaged,
     importance_ratio,
     joined,
     kl_penalty,
@@ -211,6 +212,12 @@ def test_metrics_of_micro_batches_add_up_and_keep_the_largest() -> None:
         "kl": 0.75,
         "mismatch/max": 3.0,
     }
+
+
+def test_metrics_of_updates_are_means_over_their_tokens() -> None:
+    first, second = {"kl": 0.3, "mismatch/max": 3.0}, {"kl": 0.6, "mismatch/max": 1.0}
+    assert averaged([(30, first), (60, second)]) == {"kl": pytest.approx(0.5), "mismatch/max": 3.0}
+    assert averaged([(7, first)]) == first
 
 
 def test_mismatch_off_is_logged_and_corrects_nothing() -> None:

@@ -88,6 +88,8 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"type": "online_dpo", "kl": None}, "kl null: advantage preference compares log-ratios to the reference"),
         ({"type": "online_dpo", "kl": {"estimator": "k3"}}, "kl k3 in the reward: advantage preference compares"),
         ({"type": "online_dpo", "advantage_scale": "group"}, "DPO's gradient is not scaled by what others of the"),
+        ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
+        ({"type": "online_dpo", "epochs": 2}, "epochs 2 and minibatches 1: DPO's gradient is known before a step's"),
         ({"loss": "ppo"}, "'clipped' or 'cispo'"),
     ],
 )
