@@ -1,16 +1,16 @@
 """The online loop, written once: sample → score → advantage → update → publish.
 
-The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `reward`, `rollout`), the pool
-gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
+The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `critic`, `reward`, `rollout`),
+the pool gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
 
-A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
+A request to stop is heard while actors start and in a step before its update (until the values of a critic): what is
 lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
 of a checkpoint agree; those waits end by their time-outs. Workers come, go and are replaced during all of them.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from ..schedule import rows_drawn
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
-from .experience import chosen, further_prompts, has_variance, shaped, train_sample, train_samples
+from .experience import annotated, chosen, every_sample, further_prompts, has_variance, shaped, train_samples
 from .metrics import kl_metrics, rollout_metrics, spans_by_worker
 from .progress import Progress
 from .roles import Roles
@@ -123,7 +123,7 @@ class OnlineLoop:
         self._phases = {}
         drawn = self._fill(step)
         groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
-        samples = self._advantage(groups)
+        samples = self._advantage(self._values(groups))
         learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ledger.trained()
@@ -171,10 +171,15 @@ class OnlineLoop:
         if not self._stage.kl:
             return groups
         with self._phase("reference", lane="reference"):
-            none = np.zeros(0, np.float32)
-            samples = [train_sample(g, i, none) for g in groups for i in range(len(g.samples))]
-            logprobs = iter(self._roles.reference_logprobs(samples, tick=self._tick))
-            return [replace(g, samples=tuple(replace(s, reference=next(logprobs)) for s in g.samples)) for g in groups]
+            logprobs = self._roles.reference_logprobs(every_sample(groups), tick=self._tick)
+            return annotated(groups, "reference", logprobs)
+
+    def _values(self, groups: list[Group]) -> list[Group]:
+        """The groups with the critic's value of every token, where there is a critic."""
+        if not self._stage.critic:
+            return groups
+        with self._phase("values", lane="critic"):
+            return annotated(groups, "values", self._roles.values(every_sample(groups), tick=self._tick))
 
     def _advantage(self, groups: list[Group]) -> list[TrainSample]:
         """What the update trains on."""

@@ -42,7 +42,7 @@ class Policy:
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = _device(spec.stage.policy.gpus)
+        self._device = device_of(spec.stage.policy.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model: nn.Module = nn.Module.to(model, self._device).eval()
         self._exporter = Exporter(self._model)
@@ -133,7 +133,7 @@ class Reference:
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = _device(spec.stage.reference.gpus)
+        self._device = device_of(spec.stage.reference.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model: nn.Module = nn.Module.to(model, self._device).eval()
 
@@ -147,7 +147,8 @@ class Reference:
         )
 
 
-def _device(gpus: float) -> str:
+def device_of(gpus: float) -> str:
+    """Where a role with so many GPUs computes."""
     import torch
 
     return "cuda" if gpus and torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
-"""A model that gives the log-probs of completions: the forward that policy and reference share.
+"""A model that gives the log-probs of completions: the forward that policy and reference share, and the critic's rows.
 
 Shapes: B rows, L longest row, K positions kept for the loss (from the shortest prompt's last token on), V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,14 @@ class Aligned:
     reference_BK: Tensor | None
     old_BK: Tensor | None
     advantages_BK: Tensor
+    values_BK: Tensor | None
+    returns_BK: Tensor | None
 
 
 def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
     """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at.
 
-    Raises `ValueError` where some samples have the reference's log-probs, or those before the step, and some do not.
+    Raises `ValueError` where some samples have what others lack, such as the reference's log-probs.
     """
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
@@ -64,6 +66,8 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         reference_BK=where_all_have([s.reference for s in samples], "the reference's log-probs"),
         old_BK=where_all_have([s.old for s in samples], "the policy's log-probs before the step"),
         advantages_BK=at_completion([s.advantages for s in samples]),
+        values_BK=where_all_have([s.values for s in samples], "the critic's values"),
+        returns_BK=where_all_have([s.returns for s in samples], "returns"),
     )
 
 
@@ -83,11 +87,18 @@ def logprobs_of(
     model: nn.Module, samples: Sequence[TrainSample], temperature: float, max_tokens: int, device: torch.device | str
 ) -> list[np.ndarray]:
     """Log-probs `[T]` of each sample's completion, without gradient, in the order given."""
+    return of_each_sample(lambda batch: completion_logprobs(model, batch, temperature)[0], samples, max_tokens, device)
+
+
+@torch.no_grad()
+def of_each_sample(
+    compute: Callable[[Aligned], Tensor], samples: Sequence[TrainSample], max_tokens: int, device: torch.device | str
+) -> list[np.ndarray]:
+    """What `compute` gives of micro-batches, `[B, K]`, at the completion tokens of each sample: `[T]`, float32."""
     out: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
     for rows in micro_batches([s.length for s in samples], max_tokens):
         batch = align([samples[i] for i in rows], device)
-        logprobs_BK, _ = completion_logprobs(model, batch, temperature)
-        for i, line in zip(rows, logprobs_BK.float().cpu().numpy(), strict=True):
+        for i, line in zip(rows, compute(batch).float().cpu().numpy(), strict=True):
             start = len(samples[i].prompt) - 1 - batch.first
             out[i] = line[start : start + len(samples[i].tokens)].copy()
     return out

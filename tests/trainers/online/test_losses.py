@@ -236,6 +236,17 @@ def test_token_logprobs_mirror_the_temperature() -> None:
     assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
 
 
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_value_losss_gradient_equals_finite_differences(clip: float | None) -> None:
+    t = tokens()
+    values = t.logprobs_BT.detach().clone().requires_grad_()
+    given = (t.old_BT, t.reference_BT, t.mask_BT, clip, totals())
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, *given)[0], values)
+    loss, metrics = value_loss(values, *given)
+    assert loss.item() > 0
+    assert bool(metrics["value/clip_fraction"]) == (clip is not None)
+
+
 def test_value_loss_by_hand() -> None:
     values = torch.tensor([[1.0, 3.0, 0.5, 7.0]], requires_grad=True)
     old, returns = torch.tensor([[1.1, 1.0, 1.0, 7.0]]), torch.tensor([[2.0, 4.0, 0.0, math.inf]])
