@@ -14,7 +14,7 @@ PHASES = {
     "generate": COLORS[0],
     "score": COLORS[2],
     "reference": COLORS[3],
-    "values": COLORS[5],
+    "values": "#a3617f",
     "update": COLORS[1],
     "publish": COLORS[4],
 }

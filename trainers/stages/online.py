@@ -108,7 +108,7 @@ class CriticConfig(Config):
 
 
 class OnlineStage(StageBase):
-    """Reinforcement learning with separate policy, reference, reward and rollout actors.
+    """Reinforcement learning with separate policy, reference, critic, reward and rollout actors.
 
     `type` names an algorithm of `ALGORITHMS`, which sets the defaults of the fields from `advantage` on; each may be
     overridden. The trainer's log-probs are those of `rollout.sampling.temperature` alone, which must be above 0; what
