@@ -87,6 +87,8 @@ class Sample:
     reward_parts: dict[str, float] = field(default_factory=dict)
     reference: np.ndarray | None = None
     """Log-probs `[T]` under the reference, where there is one."""
+    values: np.ndarray | None = None
+    """What the critic expects still to come at each token, `[T]`, where there is a critic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

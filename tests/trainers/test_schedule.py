@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from raylign.trainers.schedule import learning_rate, rows_drawn
+from raylign.trainers.schedule import learning_rate, rows_drawn, update_rows
 from raylign.trainers.stages import DataConfig, SftStage
 
 
@@ -38,3 +38,26 @@ def test_every_row_once_before_any_twice() -> None:
 def test_the_order_is_the_seeds_alone() -> None:
     assert rows_drawn(5, 10, 0, 28)[24:] == rows_drawn(5, 10, 24, 4)
     assert rows_drawn(1, 100, 0, 4) != rows_drawn(2, 100, 0, 4)
+
+
+def test_minibatches_hold_every_sample_once_an_epoch() -> None:
+    parts = update_rows(7, 3, 10, 2, 4)
+    assert [len(rows) for rows in parts] == [3, 3, 2, 2] * 2
+    for epoch in (parts[:4], parts[4:]):
+        assert sorted(row for rows in epoch for row in rows) == list(range(10))
+        assert all(rows == sorted(rows) for rows in epoch)
+    assert parts[:4] != parts[4:]
+    assert parts == update_rows(7, 3, 10, 2, 4)
+    assert parts[:4] == update_rows(7, 3, 10, 1, 4)
+    assert parts != update_rows(7, 4, 10, 2, 4) != update_rows(8, 3, 10, 2, 4)
+
+
+def test_a_single_minibatch_is_the_step_in_its_order() -> None:
+    assert update_rows(7, 3, 5, 1, 1) == [[0, 1, 2, 3, 4]]
+    assert update_rows(7, 3, 5, 3, 1) == [[0, 1, 2, 3, 4]] * 3
+    assert [len(rows) for rows in update_rows(7, 3, 2, 1, 4)] == [1, 1]
+
+
+def test_another_peak_has_the_same_course() -> None:
+    for step in range(6):
+        assert learning_rate(stage(), step, 6, peak=3.0) == pytest.approx(3 * learning_rate(stage(), step, 6))

@@ -24,6 +24,11 @@ class Rewards(NamedTuple):
     mask_NGT: np.ndarray
     """1 where a completion has a token."""
     kl_coefficient: float
+    values_NGT: np.ndarray | None = None
+    """What a critic expected still to come at each token."""
+    gamma: float = 1.0
+    """A token's discount of what comes after it, and λ of `gae`."""
+    lam: float = 1.0
 
     @property
     def total_NG(self) -> np.ndarray:
@@ -83,29 +88,28 @@ def preference(rewards: Rewards) -> np.ndarray:
     return pushes_NG[:, :, None]
 
 
-def gae(
-    rewards_BT: np.ndarray,
-    values_BT: np.ndarray,
-    mask_BT: np.ndarray,
-    bootstrap_B: np.ndarray,
-    *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Generalised advantage estimation (1506.02438): advantages, and returns that a critic learns; `[B, T]`.
+def gae(rewards: Rewards) -> np.ndarray:
+    """Generalised advantage estimation (1506.02438): A_t = δ_t + γ λ A_{t+1}, δ_t = r_t + γ V_{t+1} − V_t; `[N, G, T]`.
 
-    A_t = δ_t + γ λ A_{t+1} with δ_t = r_t + γ V_{t+1} − V_t; returns are A + V. `bootstrap_B` is the value after the
-    last token: 0 where a completion ended, the critic's where it was cut. What stands beyond the end has no effect.
+    The reward r_t of a token is −β times its KL, and at the last one also what the completion was worth (InstructGPT,
+    2203.02155). After it nothing is to come, also where it was cut: what a cut completion is worth is its reward. A + V
+    is what a critic learns. Raises `ValueError` without values.
     """
-    advantages_BT = np.zeros(values_BT.shape)
-    next_value_B, next_advantage_B = np.asarray(bootstrap_B, np.float64), np.zeros(len(values_BT))
-    for t in reversed(range(values_BT.shape[1])):
-        on_B = mask_BT[:, t] > 0
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        next_advantage_B = np.where(on_B, delta_B + gamma * lam * next_advantage_B, 0.0)
-        next_value_B = np.where(on_B, values_BT[:, t], next_value_B)
-        advantages_BT[:, t] = next_advantage_B
-    return advantages_BT, np.where(mask_BT > 0, advantages_BT + values_BT, 0.0)
+    if rewards.values_NGT is None:
+        raise ValueError("advantage gae needs a critic's values")
+    on_NGT, discount = rewards.mask_NGT > 0, rewards.gamma * rewards.lam
+    values_NGT = np.where(on_NGT, rewards.values_NGT, 0.0)
+    last_NGT = on_NGT & ~_next(on_NGT)
+    rewards_NGT = rewards.task_NG[:, :, None] * last_NGT - rewards.kl_coefficient * rewards.kl_NGT
+    advantages_NGT = np.where(on_NGT, rewards_NGT + rewards.gamma * _next(values_NGT) - values_NGT, 0.0)
+    for t in reversed(range(advantages_NGT.shape[2] - 1)):
+        advantages_NGT[:, :, t] += discount * advantages_NGT[:, :, t + 1]
+    return advantages_NGT
+
+
+def _next(x_NGT: np.ndarray) -> np.ndarray:
+    """What stands at the token after, nothing after the last."""
+    return np.concatenate([x_NGT[:, :, 1:], np.zeros_like(x_NGT[:, :, :1])], axis=2)
 
 
 def scaled(advantages_NGt: np.ndarray, mask_NGT: np.ndarray, scale: Scale) -> np.ndarray:

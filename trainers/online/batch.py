@@ -18,6 +18,11 @@ class TrainSample:
     behaviour: np.ndarray
     advantages: np.ndarray
     reference: np.ndarray | None = None
+    old: np.ndarray | None = None
+    """The policy's log-probs before the step's first update, where there are several."""
+    values: np.ndarray | None = None
+    """The critic's, before the step's first update; and what it is to learn."""
+    returns: np.ndarray | None = None
 
     @property
     def length(self) -> int:

@@ -4,8 +4,9 @@ Shapes: N groups, G completions a group, T completion tokens (of the longest, wh
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -56,8 +57,22 @@ def shaped(groups: Sequence[Group], stage: OnlineStage) -> list[Group]:
     return [g if g.error else replace(g, samples=tuple(map(punished, g.samples))) for g in groups]
 
 
-def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
-    """The i-th completion of a group as the policy and the reference take it; advantages `[T]`."""
+def every_sample(groups: Sequence[Group]) -> list[TrainSample]:
+    """All completions in order, as reference and critic take them."""
+    none = np.zeros(0, np.float32)
+    return [_train_sample(g, i, none) for g in groups for i in range(len(g.samples))]
+
+
+def annotated(
+    groups: Sequence[Group], field: Literal["reference", "values"], given: Iterable[np.ndarray]
+) -> list[Group]:
+    """The groups with what a role gave for `every_sample` of them."""
+    rows = iter(given)
+    return [replace(g, samples=tuple(replace(s, **{field: next(rows)}) for s in g.samples)) for g in groups]
+
+
+def _train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
+    """The i-th completion of a group as the roles take it; advantages `[T]`."""
     sample = group.samples[i]
     return TrainSample(
         prompt=group.prompt,
@@ -65,6 +80,7 @@ def train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample:
         behaviour=sample.logprobs,
         advantages=advantages_T.astype(np.float32),
         reference=sample.reference,
+        values=sample.values,
     )
 
 
@@ -78,31 +94,46 @@ def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: f
     if not sound:
         return []
     rewards = rewards_of(sound, stage, kl_coefficient)
-    raw = getattr(advantages, stage.advantage)(rewards)
-    pushes_NGT = advantages.scaled(raw, rewards.mask_NGT, stage.advantage_scale)
+    raw_NGt = getattr(advantages, stage.advantage)(rewards)
+    pushes_NGT = np.broadcast_to(
+        advantages.scaled(raw_NGt, rewards.mask_NGT, stage.advantage_scale), rewards.mask_NGT.shape
+    )
+    returns_NGT = None if rewards.values_NGT is None else raw_NGt + rewards.values_NGT
+
+    def made(n: int, i: int) -> TrainSample:
+        length = len(sound[n].samples[i].tokens)
+        sample = _train_sample(sound[n], i, pushes_NGT[n, i, :length])
+        return sample if returns_NGT is None else replace(sample, returns=returns_NGT[n, i, :length].astype(np.float32))
+
     return [
-        train_sample(group, i, np.broadcast_to(pushes_GT[i], rewards.mask_NGT.shape[2])[: len(sample.tokens)])
-        for group, pushes_GT in zip(sound, pushes_NGT, strict=True)
-        if pushes_GT.any()
+        made(n, i)
+        for n, group in enumerate(sound)
+        if pushes_NGT[n].any()
         for i, sample in enumerate(group.samples)
-        if not np.isnan(pushes_GT[i]).any() and not (stage.mask_truncated and sample.finish_reason == "length")
+        if not np.isnan(pushes_NGT[n, i]).any() and not (stage.mask_truncated and sample.finish_reason == "length")
     ]
 
 
 def rewards_of(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> Rewards:
-    """What the groups' completions were worth, and their KL where the stage takes it off the reward.
+    """What the groups' completions were worth, their KL where the stage takes it off the reward, the critic's values
+    where there is one.
 
-    Its log-probs are the engine's, which drew the tokens.
+    The KL's log-probs are the engine's, which drew the tokens.
     """
     size, longest = len(groups[0].samples), max(len(s.tokens) for g in groups for s in g.samples)
     task_NG = np.array([[s.reward for s in g.samples] for g in groups], np.float64)
-    kl_NGT, mask_NGT = np.zeros((2, len(groups), size, longest))
+    kl_NGT, mask_NGT, values_NGT = np.zeros((3, len(groups), size, longest))
     for n, group in enumerate(groups):
         for i, sample in enumerate(group.samples):
             mask_NGT[n, i, : len(sample.tokens)] = 1
             if stage.kl and stage.kl.place == "reward":
                 kl_NGT[n, i, : len(sample.tokens)] = _kl(sample, stage.kl.estimator)
-    return Rewards(task_NG, kl_NGT, mask_NGT, kl_coefficient)
+            if stage.critic:
+                values_NGT[n, i, : len(sample.tokens)] = sample.values
+    rewards = Rewards(task_NG, kl_NGT, mask_NGT, kl_coefficient)
+    if stage.critic:
+        return rewards._replace(values_NGT=values_NGT, gamma=stage.critic.gamma, lam=stage.critic.lam)
+    return rewards
 
 
 def _kl(sample: Sample, estimator: Estimator) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The online loop, written once: sample → score → advantage → update → publish.
 
-The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `reward`, `rollout`), the pool
-gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
+The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `critic`, `reward`, `rollout`),
+the pool gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
 
-A request to stop is heard while actors start and in a step before its update (generate, score, reference): what is
+A request to stop is heard while actors start and in a step before its update (until the values of a critic): what is
 lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
 of a checkpoint agree; those waits end by their time-outs. Workers come, go and are replaced during all of them.
 
@@ -13,7 +13,7 @@ checkpoint then, and what it had learned since is learned again, bit for bit: th
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..schedule import rows_drawn
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .checkpoints import Checkpoints
-from .experience import chosen, further_prompts, has_variance, shaped, train_sample, train_samples
+from .experience import annotated, chosen, every_sample, further_prompts, has_variance, shaped, train_samples
 from .metrics import kl_metrics, rollout_metrics, spans_by_worker
 from .progress import Progress
 from .roles import Roles
@@ -140,14 +140,15 @@ class OnlineLoop:
                 self._checkpoint()
 
     def _replace_lost(self, error: RaylignError) -> None:
-        """End the roles that were lost, and the policy with them where it is in the middle of a step.
+        """End the roles that were lost, and all who learn where one of them was, or they are in the middle of a step.
 
         Raises `error` where none was, or that happens too often without a finished step in between.
         """
-        lost = self._roles.lost | ({"policy-0"} if self._roles.lost and not self._agree else set())
+        lost, learners = self._roles.lost, set(self._roles.learners())
+        self._agree = self._agree and not lost & learners
+        lost = lost if self._agree or not lost else lost | learners
         self._failures = 1 if self.step > self._failed_at else self._failures + 1
         self._failed_at = max(self._failed_at, self.step)
-        self._agree = self._agree and "policy-0" not in lost
         if not lost or self._failures > self._stage.max_failures:
             raise error
         self.restarts += 1
@@ -158,7 +159,7 @@ class OnlineLoop:
         self._phases = {}
         drawn = self._fill(step)
         groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
-        samples = self._advantage(groups)
+        samples = self._advantage(self._values(groups))
         learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ledger.trained()
@@ -206,10 +207,15 @@ class OnlineLoop:
         if not self._stage.kl:
             return groups
         with self._phase("reference", lane="reference"):
-            none = np.zeros(0, np.float32)
-            samples = [train_sample(g, i, none) for g in groups for i in range(len(g.samples))]
-            logprobs = iter(self._roles.reference_logprobs(samples, tick=self._tick))
-            return [replace(g, samples=tuple(replace(s, reference=next(logprobs)) for s in g.samples)) for g in groups]
+            logprobs = self._roles.reference_logprobs(every_sample(groups), tick=self._tick)
+            return annotated(groups, "reference", logprobs)
+
+    def _values(self, groups: list[Group]) -> list[Group]:
+        """The groups with the critic's value of every token, where there is a critic."""
+        if not self._stage.critic:
+            return groups
+        with self._phase("values", lane="critic"):
+            return annotated(groups, "values", self._roles.values(every_sample(groups), tick=self._tick))
 
     def _advantage(self, groups: list[Group]) -> list[TrainSample]:
         """What the update trains on."""

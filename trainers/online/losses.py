@@ -5,7 +5,7 @@ step: so a gradient does not depend on how a step is cut into micro-batches or s
 the step's, to be added up; `joined` does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class Totals(NamedTuple):
     tokens: int
     sequences: int
     constant: int
-    """Samples of a step times the longest completion allowed, whatever came."""
+    """Samples of an update times the longest completion allowed, whatever came."""
 
 
 class LossSettings(NamedTuple):
@@ -185,6 +185,17 @@ def joined(parts: Iterable[Metrics]) -> Metrics:
             before = whole.get(name, 0.0)
             whole[name] = max(before, value) if name.endswith("/max") else before + value
     return whole
+
+
+def averaged(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
+    """The metrics of a step from those of its updates, with their tokens: means over all tokens of all updates, and the
+    largest of what ends in `/max`. Of a single update they are its own, bit for bit."""
+    total = max(sum(tokens for tokens, _ in parts), 1)
+    shares = [
+        {name: value if name.endswith("/max") else value * (tokens / total) for name, value in metrics.items()}
+        for tokens, metrics in parts
+    ]
+    return joined(shares)
 
 
 def _without_masked(t: Tokens) -> Tokens:

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...cluster.errors import RunFailed
 from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
-from ..schedule import learning_rate
 from ..stages import OnlineStage
 from .batch import TrainSample, micro_batches
 
@@ -39,53 +38,53 @@ class Policy:
         from torch import nn
 
         from ..adapters import Exporter, open_model
+        from .learner import Learner
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = _device(spec.stage.policy.gpus)
+        self._device = device_of(spec.stage.policy.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model: nn.Module = nn.Module.to(model, self._device).eval()
-        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self._exporter = Exporter(self._model)
-        self._optimizer = torch.optim.AdamW(
-            self._trained.values(),
-            lr=spec.stage.learning_rate,
-            betas=spec.stage.betas,
-            weight_decay=spec.stage.weight_decay,
+        self._learner = Learner(
+            "policy",
+            dict(self._model.named_parameters()),
+            spec.stage,
+            spec.seed,
+            peak=spec.stage.learning_rate,
+            device=self._device,
         )
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
-        """One optimizer step on all samples. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
+        """The updates of a step. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
 
         The coefficient is that of a KL in the loss, which may change from step to step. Metrics are means over the
-        step's completion tokens; `updated` says whether the weights moved.
+        completion tokens of all updates; `updated` says whether the weights moved.
         """
-        import torch
-
         if not samples:
             return {"updated": 0.0}
-        stage = self._spec.stage
-        rate = learning_rate(stage, step, stage.steps)
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
-        metrics = self._backward(samples, kl_coefficient)
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), stage.max_grad_norm).item()
-        if not np.isfinite(norm):
-            raise RunFailed(
-                f"step {step}: the gradient is {norm} (loss {metrics['loss']:.4g}): lower stages learning_rate "
-                f"(now {stage.learning_rate:g}) or look at this step's rewards"
-            )
-        self._optimizer.step()
-        return metrics | {"grad_norm": norm, "learning_rate": rate, "updated": float(norm > 0 and rate > 0)}
+        if self._spec.stage.updates_per_step > 1:
+            samples = self._with_old(samples)
+        return self._learner.learn(samples, step, partial(self._backward, kl_coefficient=kl_coefficient))
 
-    def _backward(self, samples: Sequence[TrainSample], kl_coefficient: float) -> dict[str, float]:
+    def _with_old(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
+        """The samples with their log-probs under the weights as they are, which generated them."""
+        from .scoring_model import logprobs_of
+
+        stage = self._spec.stage
+        temperature = stage.rollout.sampling.temperature
+        old = logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._device)
+        return [replace(sample, old=row) for sample, row in zip(samples, old, strict=True)]
+
+    def _backward(self, samples: Sequence[TrainSample], *, kl_coefficient: float) -> dict[str, float]:
         from .losses import LossSettings, Tokens, Totals, joined, policy_loss
         from .scoring_model import align, completion_logprobs
 
         stage = self._spec.stage
         temperature, longest = stage.rollout.sampling.temperature, stage.rollout.sampling.max_tokens
         settings = LossSettings.of(stage, kl_coefficient)
-        totals = Totals(sum(len(s.tokens) for s in samples), len(samples), stage.batch_size * longest)
+        constant = stage.batch_size // stage.minibatches * longest
+        totals = Totals(sum(len(s.tokens) for s in samples), len(samples), constant)
         parts = []
         for rows in micro_batches([s.length for s in samples], stage.micro_batch_tokens):
             batch = align([samples[i] for i in rows], self._device)
@@ -94,7 +93,8 @@ class Policy:
             )
             tokens = Tokens(
                 logprobs_BT=logprobs_BK,
-                old_BT=logprobs_BK.detach(),  # one update per batch: the policy before it is the policy itself
+                # of a step's only update, the policy before it is the policy itself
+                old_BT=logprobs_BK.detach() if batch.old_BK is None else batch.old_BK,
                 behaviour_BT=batch.behaviour_BK,
                 advantages_BT=batch.advantages_BK,
                 mask_BT=batch.mask_BK,
@@ -115,37 +115,11 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
-        from safetensors.torch import save_file
-
-        weights = {n: p.detach().contiguous().cpu() for n, p in self._trained.items()}
-        save_file(weights, folder / "policy.safetensors")
-        moments = {}
-        for name, parameter in self._trained.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = value.contiguous().cpu()
-        save_file(moments, folder / "optimizer.safetensors")
+        self._learner.save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
-        import torch
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / "policy.safetensors")
-        shapes = {n: tuple(w.shape) for n, w in weights.items()}
-        if shapes != {n: tuple(p.shape) for n, p in self._trained.items()}:
-            raise RunFailed(
-                f"{folder} is a checkpoint of another adapter or model: its tensors have other names or shapes"
-            )
-        moments = load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(weights[name])
-                prefix = f"{name}/"
-                state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
-                if state:
-                    self._optimizer.state[parameter] = {
-                        k: v if k == "step" else v.to(self._device) for k, v in state.items()
-                    }
+        self._learner.load(folder)
 
 
 class Reference:
@@ -159,7 +133,7 @@ class Reference:
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = _device(spec.stage.reference.gpus)
+        self._device = device_of(spec.stage.reference.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model: nn.Module = nn.Module.to(model, self._device).eval()
 
@@ -173,7 +147,8 @@ class Reference:
         )
 
 
-def _device(gpus: float) -> str:
+def device_of(gpus: float) -> str:
+    """Where a role with so many GPUs computes."""
     import torch
 
     return "cuda" if gpus and torch.cuda.is_available() else "cpu"
@@ -202,12 +177,7 @@ class PolicyActor:
 
     def save(self, folder: Path) -> None:
         """Write the training state into a folder on the run's storage. Raises `RunFailed` where it cannot."""
-        from safetensors import SafetensorError
-
-        try:
-            self._policy.save(folder)
-        except (OSError, SafetensorError) as error:  # a full disk, which another attempt would find full too
-            raise RunFailed(f"the policy cannot write its checkpoint {folder}: {error}") from error
+        self._policy.save(folder)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""

@@ -1,4 +1,4 @@
-"""The actors of an online stage besides the rollout pool: policy, reference and reward."""
+"""The actors of an online stage besides the rollout pool: policy, reference, critic and reward."""
 
 import time
 from collections import Counter
@@ -18,6 +18,7 @@ from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
 from ..stages import OnlineStage
 from .batch import TrainSample
+from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
 
@@ -52,8 +53,8 @@ class Roles:
         self._scorers: list[str] = []
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
-        self._pulse: Any = None
-        """An open call on the policy, which ends at once when its process does."""
+        self._pulses: dict[str, Any] = {}
+        """Open calls on those who learn, which end at once when their processes do."""
         self.lost: set[str] = set()
         """Who died, hung or failed; `start` begins them anew after `end`."""
 
@@ -77,7 +78,7 @@ class Roles:
     def start(self, *, tick: Tick) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
 
-        Returns whether the policy is a new one, which has learned nothing yet. Raises `DoesNotFit` for one without a
+        Returns whether those who learn are new, and have learned nothing yet. Raises `DoesNotFit` for one without a
         place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
         raised.
         """
@@ -87,6 +88,8 @@ class Roles:
         new = self._begin("policy-0", PolicyActor, stage.policy, (self._spec,), tick)
         if stage.kl:
             self._begin("reference", ReferenceActor, stage.reference, (self._spec,), tick, **_STATELESS)
+        if stage.critic:
+            self._begin("critic", CriticActor, stage.critic.resources, (self._spec,), tick)
         for i in range(stage.scoring.workers):
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error)
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
@@ -125,17 +128,15 @@ class Roles:
         return True
 
     def look_after(self) -> None:
-        """Notice the policy's death while nothing is asked of it. Raises `WorkerLost`."""
+        """Notice the death of one who learns while nothing is asked of it. Raises `WorkerLost`."""
         import ray
 
-        if "policy-0" not in self._actors:
-            return
-        self._pulse = self._pulse or self._actors["policy-0"].__ray_ready__.remote()
-        if not ray.wait([self._pulse], timeout=0)[0]:
-            return
-        pulse, self._pulse = self._pulse, None
-        with self._waiting("policy-0", "a sign of life"):
-            calls.get(pulse, actor="policy-0", what="its idle time", timeout=0)
+        for name in self.learners():
+            pulse = self._pulses.setdefault(name, self._actors[name].__ray_ready__.remote())
+            if ray.wait([pulse], timeout=0)[0]:
+                del self._pulses[name]
+                with self._waiting(name, "a sign of life"):
+                    calls.get(pulse, actor=name, what="its idle time", timeout=0)
 
     def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
         """Groups with rewards, in order; scorers work side by side."""
@@ -158,32 +159,46 @@ class Roles:
 
     def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The reference's log-probs `[T]` of each sample; there is a reference only where KL is on."""
-        with self._waiting("reference", "log-probs"):
-            ref = self._actors["reference"].logprobs.remote(samples)
-            return calls.get(ref, actor="reference", what="log-probs", timeout=self._timeout, tick=tick)
+        return self._ask("reference", "log-probs", tick, "logprobs", samples)
+
+    def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
+        """The critic's values `[T]` of each sample, where there is a critic."""
+        return self._ask("critic", "values", tick, "values", samples)
 
     def update(
         self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick
     ) -> dict[str, float]:
-        """One optimizer step; its metrics."""
-        return self._ask_policy(f"the update of step {step}", tick, "update", samples, step, kl_coefficient)
+        """The updates of a step, of policy and critic side by side; their metrics."""
+        what = f"the update of step {step}"
+        critic = self._actors.get("critic")
+        learning = critic.update.remote(samples, step) if critic else None
+        told = self._ask("policy-0", what, tick, "update", samples, step, kl_coefficient)
+        return told if learning is None else told | self._answer("critic", what, tick, learning)
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""
-        return self._ask_policy(f"publishing version {version}", tick, "publish", version, workers)
+        return self._ask("policy-0", f"publishing version {version}", tick, "publish", version, workers)
 
     def save(self, folder: Path, *, tick: Tick) -> None:
-        """Have the policy write its state."""
-        self._ask_policy("a checkpoint", tick, "save", folder)
+        """Have policy and critic write their state."""
+        for name in self.learners():
+            self._ask(name, "a checkpoint", tick, "save", folder)
 
     def load(self, folder: Path, *, tick: Tick) -> None:
-        """Have the policy go on from a checkpoint."""
-        self._ask_policy(f"loading {folder}", tick, "load", folder)
+        """Have policy and critic go on from a checkpoint."""
+        for name in self.learners():
+            self._ask(name, f"loading {folder}", tick, "load", folder)
 
-    def _ask_policy(self, what: str, tick: Tick, method: str, *given: Any) -> Any:
-        with self._waiting("policy-0", what):
-            ref = getattr(self._actors["policy-0"], method).remote(*given)
-            return calls.get(ref, actor="policy-0", what=what, timeout=self._timeout, tick=tick)
+    def learners(self) -> list[str]:
+        """Those whose state a checkpoint holds: policy and critic, as far as they are there."""
+        return [name for name in ("policy-0", "critic") if name in self._actors]
+
+    def _ask(self, name: str, what: str, tick: Tick, method: str, *given: Any) -> Any:
+        return self._answer(name, what, tick, getattr(self._actors[name], method).remote(*given))
+
+    def _answer(self, name: str, what: str, tick: Tick, ref: Any) -> Any:
+        with self._waiting(name, what):
+            return calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Keep a step's samples as parquet."""
@@ -191,7 +206,8 @@ class Roles:
 
     def counts(self) -> dict[str, int]:
         """How many actors each role has."""
-        return {"policy": 1, "reference": int("reference" in self._actors), "reward": len(self._scorers)}
+        there = {role: int(role in self._actors) for role in ("reference", "critic")}
+        return {"policy": 1, **there, "reward": len(self._scorers)}
 
     def end(self, names: Iterable[str]) -> None:
         """End these actors, whatever they are at, and give their places back."""
@@ -200,8 +216,7 @@ class Roles:
             if placement := self._placements.pop(name, None):
                 release(placement)
             self._nodes.pop(name, None)
-            if name == "policy-0":
-                self._pulse = None
+            self._pulses.pop(name, None)
         self.lost = set()
 
     def close(self) -> None:

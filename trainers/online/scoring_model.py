@@ -1,9 +1,9 @@
-"""A model that gives the log-probs of completions: the forward that policy and reference share.
+"""A model that gives the log-probs of completions: the forward that policy and reference share, and the critic's rows.
 
 Shapes: B rows, L longest row, K positions kept for the loss (from the shortest prompt's last token on), V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,13 +26,16 @@ class Aligned:
     mask_BK: Tensor
     behaviour_BK: Tensor
     reference_BK: Tensor | None
+    old_BK: Tensor | None
     advantages_BK: Tensor
+    values_BK: Tensor | None
+    returns_BK: Tensor | None
 
 
 def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
     """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at.
 
-    Raises `ValueError` where some samples have the reference's log-probs and some do not.
+    Raises `ValueError` where some samples have what others lack, such as the reference's log-probs.
     """
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
@@ -46,10 +49,13 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
             line[start : start + len(row)] = row
         return torch.from_numpy(out).to(device)
 
+    def where_all_have(rows: Sequence[np.ndarray | None], what: str) -> Tensor | None:
+        known = [row for row in rows if row is not None]
+        if known and len(known) < len(rows):
+            raise ValueError(f"{len(rows) - len(known)} of {len(rows)} samples lack {what}")
+        return at_completion(known) if known else None
+
     ids_BL = torch.from_numpy(ids).to(device)
-    references = [s.reference for s in samples if s.reference is not None]
-    if references and len(references) < len(samples):
-        raise ValueError(f"{len(samples) - len(references)} of {len(samples)} samples lack the reference's log-probs")
     return Aligned(
         ids_BL=ids_BL,
         attention_BL=torch.from_numpy(attention).to(device),
@@ -57,8 +63,11 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         targets_BK=ids_BL[:, first + 1 :],
         mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
         behaviour_BK=at_completion([s.behaviour for s in samples]),
-        reference_BK=at_completion(references) if references else None,
+        reference_BK=where_all_have([s.reference for s in samples], "the reference's log-probs"),
+        old_BK=where_all_have([s.old for s in samples], "the policy's log-probs before the step"),
         advantages_BK=at_completion([s.advantages for s in samples]),
+        values_BK=where_all_have([s.values for s in samples], "the critic's values"),
+        returns_BK=where_all_have([s.returns for s in samples], "returns"),
     )
 
 
@@ -78,11 +87,18 @@ def logprobs_of(
     model: nn.Module, samples: Sequence[TrainSample], temperature: float, max_tokens: int, device: torch.device | str
 ) -> list[np.ndarray]:
     """Log-probs `[T]` of each sample's completion, without gradient, in the order given."""
+    return of_each_sample(lambda batch: completion_logprobs(model, batch, temperature)[0], samples, max_tokens, device)
+
+
+@torch.no_grad()
+def of_each_sample(
+    compute: Callable[[Aligned], Tensor], samples: Sequence[TrainSample], max_tokens: int, device: torch.device | str
+) -> list[np.ndarray]:
+    """What `compute` gives of micro-batches, `[B, K]`, at the completion tokens of each sample: `[T]`, float32."""
     out: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
     for rows in micro_batches([s.length for s in samples], max_tokens):
         batch = align([samples[i] for i in rows], device)
-        logprobs_BK, _ = completion_logprobs(model, batch, temperature)
-        for i, line in zip(rows, logprobs_BK.float().cpu().numpy(), strict=True):
+        for i, line in zip(rows, compute(batch).float().cpu().numpy(), strict=True):
             start = len(samples[i].prompt) - 1 - batch.first
             out[i] = line[start : start + len(samples[i].tokens)].copy()
     return out

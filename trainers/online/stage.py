@@ -32,7 +32,7 @@ def run_online_stage(
     run: RunDir,
     on_metrics: Callable[[int, dict[str, float]], None],
 ) -> StageOutcome:
-    """Train with separate policy, reference, reward and rollout actors; ends them whatever happens.
+    """Train with separate policy, reference, critic, reward and rollout actors; ends them whatever happens.
 
     `model` is what `starting_model` gave.
     """

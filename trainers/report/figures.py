@@ -10,7 +10,14 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e8ec"
 COLORS = ("#2f6db5", "#e0842b", "#2f9e77", "#8a63b8", "#c9514c", "#7d8894")
-PHASES = {"generate": COLORS[0], "score": COLORS[2], "reference": COLORS[3], "update": COLORS[1], "publish": COLORS[4]}
+PHASES = {
+    "generate": COLORS[0],
+    "score": COLORS[2],
+    "reference": COLORS[3],
+    "values": "#a3617f",
+    "update": COLORS[1],
+    "publish": COLORS[4],
+}
 """The colour of each phase of a step, the same in every plot."""
 _DPI = 120
 

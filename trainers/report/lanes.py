@@ -67,7 +67,7 @@ def _colors(what: Any) -> dict[str, str]:
     """The phases in their colours and order, then everything else."""
     others = [w for w in what if w not in PHASES]
     known = {phase: color for phase, color in PHASES.items() if phase in what}
-    spare = [COLORS[5], "#b59b3a", "#5aa9c7", "#a3617f"]
+    spare = [COLORS[5], "#b59b3a", "#5aa9c7"]
     return known | {w: spare[i % len(spare)] for i, w in enumerate(others)}
 
 

@@ -59,6 +59,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reinforce_pp_baseline": Algorithm(
         "group_mean", "clipped", {"advantage_scale": "tokens", **_PPO_CLIP, "kl.estimator": "k2"}
     ),
+    # 1707.06347, for language models 2203.02155
+    "ppo": Algorithm("gae", "clipped", {"advantage_scale": "tokens", "critic": {}, **_PPO_CLIP, **_KL_IN_REWARD}),
     # 2402.04792: the KL's coefficient is DPO's beta
     "online_dpo": Algorithm(
         "preference",

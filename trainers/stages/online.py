@@ -102,8 +102,22 @@ class KeepBest(Config):
     mode: Literal["max", "min"] = "max"
 
 
+class CriticConfig(Config):
+    """The critic of PPO: the policy's base with a value head and, as the policy has it, an adapter or all weights."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Its schedule is the stage's."""
+    clip: float | None = Field(default=0.2, gt=0)
+    """How far a value may move from that before the step without a loss of at least as much (1707.06347)."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of a token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
+    resources: Resources = Resources()
+
+
 class OnlineStage(StageBase):
-    """Reinforcement learning with separate policy, reference, reward and rollout actors.
+    """Reinforcement learning with separate policy, reference, critic, reward and rollout actors.
 
     `type` names an algorithm of `ALGORITHMS`, which sets the defaults of the fields from `advantage` on; each may be
     overridden. The trainer's log-probs are those of `rollout.sampling.temperature` alone, which must be above 0; what
@@ -121,7 +135,8 @@ class OnlineStage(StageBase):
     scoring: ScoringConfig = ScoringConfig()
     advantage: AdvantageName = "group_mean"
     """Reward − its group's mean, reward − the mean of the others of its group (RLOO), the returns of each token as they
-    are (REINFORCE++), or what DPO's loss makes of the best and the worst of the group."""
+    are (REINFORCE++), what a critic did not expect (PPO's GAE), or what DPO's loss makes of the best and the worst of
+    the group."""
     advantage_scale: Scale = "batch"
     """What divides it: nothing (Dr.GRPO), the batch's std (LitePPO), the group's (GRPO); `tokens` takes off the mean
     over all tokens of the batch and divides by their std (REINFORCE++)."""
@@ -143,6 +158,11 @@ class OnlineStage(StageBase):
     """Leave completions that were cut at `max_tokens` out of the update; their rewards count in their groups' means."""
     dynamic_sampling: DynamicSampling | None = None
     overlong: OverlongConfig | None = None
+    critic: CriticConfig | None = None
+    epochs: int = Field(default=1, ge=1)
+    """How often a step's completions are trained on."""
+    minibatches: int = Field(default=1, ge=1)
+    """Parts into which each epoch cuts them, with an update each; from the second update on, ratios differ from 1."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward and backward on the policy."""
     staleness: Literal[0] = 0
@@ -174,10 +194,23 @@ class OnlineStage(StageBase):
 
     @model_validator(mode="after")
     def _scale_has_groups(self) -> "OnlineStage":
-        if self.advantage == "returns" and self.advantage_scale in ("group", "batch"):
+        if self.advantage in ("returns", "gae") and self.advantage_scale in ("group", "batch"):
             raise ValueError(
-                f"advantage_scale {self.advantage_scale} is the spread about groups' means, and advantage returns "
-                "takes none off: take tokens or none"
+                f"advantage_scale {self.advantage_scale} is the spread about groups' means, and advantage "
+                f"{self.advantage} takes none off: take tokens or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _critic_is_used(self) -> "OnlineStage":
+        if self.advantage == "gae" and self.critic is None:
+            raise ValueError(
+                "critic null: advantage gae is made of a critic's values; give critic: {}, or take returns"
+            )
+        if self.critic and self.advantage != "gae":
+            raise ValueError(
+                f"critic: advantage {self.advantage} asks no values, so a critic would learn for nothing; leave it "
+                "out, or take advantage gae"
             )
         return self
 
@@ -199,6 +232,20 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _updates_make_sense(self) -> "OnlineStage":
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into minibatches of equal size: minibatches is "
+                f"{self.minibatches}; take a multiple of {self.minibatches}"
+            )
+        if self.advantage == "preference" and self.updates_per_step > 1:
+            raise ValueError(
+                f"epochs {self.epochs} and minibatches {self.minibatches}: DPO's gradient is known before a step's "
+                "first update alone; take 1 and 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _buffer_fits(self) -> "OnlineStage":
         longest = self.rollout.sampling.max_tokens
         if self.overlong and self.overlong_buffer >= longest:
@@ -212,6 +259,11 @@ class OnlineStage(StageBase):
     def prompts_per_step(self) -> int:
         """Groups of a step."""
         return self.batch_size // self.rollout.group_size
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps on the completions of one step."""
+        return self.epochs * self.minibatches
 
     @property
     def overlong_buffer(self) -> int:

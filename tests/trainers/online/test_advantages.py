@@ -131,21 +131,49 @@ def test_order_of_groups_and_samples_does_not_matter(scale: str) -> None:
 
 
 def test_gae_by_hand() -> None:
-    """γ = 0.5, λ = 0.5: one completion that ended, one that was cut where the critic gives 4."""
-    rewards = np.array([[0.0, 1.0, 99.0], [0.0, 0.0, 1.0]])
-    values = np.array([[1.0, 2.0, 99.0], [1.0, 2.0, 3.0]])
-    mask = np.array([[1, 1, 0], [1, 1, 1]])
-    advantages, to_learn = gae(rewards, values, mask, np.array([0.0, 4.0]), gamma=0.5, lam=0.5)
-    # δ: [0 + 1 − 1, 1 − 2] and [1 − 1, 1.5 − 2, 1 + 2 − 3]; a quarter of the next advantage goes on
-    assert advantages.tolist() == [[-0.25, -1.0, 0.0], [-0.125, -0.5, 0.0]]
-    assert to_learn.tolist() == [[0.75, 1.0, 0.0], [0.875, 1.5, 3.0]]
+    """γ = 0.5, λ = 0.5: completions of two tokens and of three, values 1, 2 and 1, 2, 3."""
+    values = np.array([[[1.0, 2.0, 99.0], [1.0, 2.0, 3.0]]])
+    mask = np.array([[[1, 1, 0], [1, 1, 1]]])
+    given = Rewards(np.array([[1.0, 3.0]]), np.zeros(mask.shape), mask, 0.1, values, gamma=0.5, lam=0.5)
+    # δ: 0 + 1 − 1, 1 − 2 and 0 + 1 − 1, 0 + 1.5 − 2, 3 − 3; a quarter of the next advantage goes on
+    assert gae(given).tolist() == [[[-0.25, -1.0, 0.0], [-0.125, -0.5, 0.0]]]
+    # a KL of 1 at the first token of the one and at the last of the other takes 0.5 off the reward there
+    kl = np.array([[[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])
+    got = gae(given._replace(kl_NGT=kl, kl_coefficient=0.5))
+    assert got.tolist() == [[[-0.75, -1.0, 0.0], [-0.15625, -0.625, -0.5]]]
+
+
+def critics(gamma: float, lam: float) -> Rewards:
+    """Random rewards, KL and values; what stands at masked places is no number."""
+    given = random()
+    values = np.where(given.mask_NGT > 0, RANDOM.normal(size=given.mask_NGT.shape), np.nan)
+    return given._replace(values_NGT=values, gamma=gamma, lam=lam)
+
+
+def test_gae_is_the_papers_sum() -> None:
+    """A_t = Σ_l (γλ)^l δ_{t+l} over the completion, with InstructGPT's rewards, by loops."""
+    given = critics(0.9, 0.8)
+    assert given.values_NGT is not None
+    expected = np.zeros(given.mask_NGT.shape)
+    for n, g in np.ndindex(3, 4):
+        length = int(given.mask_NGT[n, g].sum())
+        reward = [-0.2 * given.kl_NGT[n, g, t] for t in range(length)]
+        reward[-1] += given.task_NG[n, g]
+        value = [*given.values_NGT[n, g, :length], 0.0]
+        delta = [reward[t] + 0.9 * value[t + 1] - value[t] for t in range(length)]
+        for t in range(length):
+            expected[n, g, t] = sum((0.9 * 0.8) ** k * delta[t + k] for k in range(length - t))
+    assert np.allclose(gae(given), expected, atol=1e-12)
 
 
 def test_gae_at_its_ends() -> None:
-    """λ = 1 is the return less the value, λ = 0 the temporal difference."""
-    rewards, values, mask = RANDOM.normal(size=(2, 5)), RANDOM.normal(size=(2, 5)), np.ones((2, 5))
-    last = RANDOM.normal(size=2)
-    to_come = rewards[:, ::-1].cumsum(axis=1)[:, ::-1] + last[:, None]
-    assert np.allclose(gae(rewards, values, mask, last, lam=1.0)[0], to_come - values)
-    following = np.concatenate([values[:, 1:], last[:, None]], axis=1)
-    assert np.allclose(gae(rewards, values, mask, last, lam=0.0, gamma=0.9)[0], rewards + 0.9 * following - values)
+    """λ = 1 is the return less the value; so with values of 0 it is REINFORCE++."""
+    given = critics(1.0, 1.0)
+    assert given.values_NGT is not None
+    assert np.allclose(gae(given), returns(given) - np.nan_to_num(given.values_NGT))
+    assert np.allclose(gae(given._replace(values_NGT=np.zeros(given.mask_NGT.shape))), returns(given))
+
+
+def test_gae_without_values_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs a critic's values"):
+        gae(random())

@@ -34,12 +34,13 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "rloo": {"kl": REWARD_KL},
     "reinforce_pp": {"kl": REWARD_KL},
     "reinforce_pp_baseline": {"kl": "{coefficient: 0.05}"},
+    "ppo": {"kl": REWARD_KL, "epochs": 2, "minibatches": 2, "critic": "{learning_rate: 1e-2}"},
     "online_dpo": {"kl": "{coefficient: 0.05}"},
 }
 """What an algorithm runs with here besides its presets, so that every option is in one of the runs."""
 
 
-NO_BASELINE = ("rloo", "reinforce_pp", "reinforce_pp_baseline")
+NO_BASELINE = ("rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
 """Those that learn from groups without variance too: their KL varies, or no mean of the group is taken off."""
 
 
@@ -178,3 +179,26 @@ def test_dynamic_sampling_fills_the_batch_the_same_for_any_workers_and_on_resume
     assert samples(run) == samples(alone)
     assert len({(s[0], s[1]) for s in samples(alone)}) == sum(drawn)
     assert run.events("weights")[-1]["digest"] == alone.events("weights")[-1]["digest"]
+
+
+def test_policy_and_critic_of_ppo_are_the_same_bits_undisturbed_and_resumed(train: Train) -> None:
+    def left(run: RunDir) -> dict[str, str]:
+        return json.loads((run / "checkpoints/step-000003/manifest.json").read_text())
+
+    fields = {"steps": 3, "checkpoint_every": 3}
+    alone = train("alone", "ppo", **fields)
+    learned = {f"{name}{part}.safetensors" for name in ("policy", "critic") for part in ("", "-optimizer")}
+    assert set(left(alone)) == {*learned, "state.json"}
+    first, second, _ = alone.all_metrics()
+    assert first["updates"] == 4
+    assert first["clip_fraction"] > 0
+    assert first["value/mean"] == 0 < second["value/mean"]
+    assert first["seconds/values"] > 0
+
+    run = train("stopped", "ppo", lambda run, done: run.desire(stop=done == 2), **fields)
+    assert len(run.all_metrics()) == 2
+    run.desire(stop=False)
+    run = train("stopped", "ppo", workers=2, **fields)
+    assert run.events("resumed")
+    assert samples(run) == samples(alone)
+    assert {k: v for k, v in left(run).items() if k in learned} == {k: left(alone)[k] for k in learned}

@@ -1,5 +1,6 @@
 """From scored groups to the samples of an update, by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,26 @@ def test_reinforce_pp_gives_each_token_its_return() -> None:
     raw = np.array([0.7, 0.8, 0.9, 0.9])  # what is still to come at each token, all four of the batch
     assert stage(type="reinforce_pp").advantage_scale == "none"  # as this file's stages have it
     assert np.allclose(np.concatenate(got), raw)
+
+
+def test_ppo_gives_each_token_an_advantage_and_a_return() -> None:
+    valued = group([1.0, 3.0], [3, 1])
+    rows = (np.array([0.5, 0.25, 2.0], np.float32), np.array([2.0], np.float32))
+    valued = replace(valued, samples=tuple(replace(s, values=row) for s, row in zip(valued.samples, rows, strict=True)))
+    asked = stage(type="ppo", kl={"coefficient": 0.2}, critic={"gamma": 1.0, "lam": 0.5})
+    one, other = train_samples([valued], asked, 0.2)
+    # KL 0.5 a token: rewards −0.1, −0.1, 0.9 and 2.9; δ −0.35, 1.65, −1.1 and 0.9
+    assert np.allclose(one.advantages, [-0.35 + 0.5 * 1.1, 1.65 - 0.5 * 1.1, -1.1])
+    assert np.allclose(other.advantages, [0.9])
+    assert np.allclose(one.returns, [0.7, 1.35, 0.9])
+    assert np.allclose(other.returns, [2.9])
+    assert one.values.tolist() == [0.5, 0.25, 2.0]
+    assert one.returns.dtype == one.advantages.dtype == np.float32
+
+    whitened = train_samples([valued], asked.model_copy(update={"advantage_scale": "tokens"}), 0.2)
+    together = np.concatenate([s.advantages for s in whitened])
+    assert (together.mean(), together.std(ddof=1)) == (pytest.approx(0, abs=1e-6), pytest.approx(1, abs=1e-6))
+    assert np.allclose(whitened[0].returns, one.returns)  # the critic learns what came, not what is whitened
 
 
 def test_a_kl_without_a_reference_is_an_error() -> None:

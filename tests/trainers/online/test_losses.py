@@ -10,6 +10,7 @@ from raylign.trainers.online.losses import (
     LossSettings,
     Tokens,
     Totals,
+    averaged,
     importance_ratio,
     joined,
     kl_penalty,
@@ -213,6 +214,12 @@ def test_metrics_of_micro_batches_add_up_and_keep_the_largest() -> None:
     }
 
 
+def test_metrics_of_updates_are_means_over_their_tokens() -> None:
+    first, second = {"kl": 0.3, "mismatch/max": 3.0}, {"kl": 0.6, "mismatch/max": 1.0}
+    assert averaged([(30, first), (60, second)]) == {"kl": pytest.approx(0.5), "mismatch/max": 3.0}
+    assert averaged([(7, first)]) == first
+
+
 def test_mismatch_off_is_logged_and_corrects_nothing() -> None:
     t = tokens()
     same = t._replace(behaviour_BT=t.old_BT)
@@ -227,6 +234,17 @@ def test_token_logprobs_mirror_the_temperature() -> None:
     p = 1 / (1 + math.exp(-1))
     assert logprobs.item() == pytest.approx(math.log(p))
     assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_value_losss_gradient_equals_finite_differences(clip: float | None) -> None:
+    t = tokens()
+    values = t.logprobs_BT.detach().clone().requires_grad_()
+    given = (t.old_BT, t.reference_BT, t.mask_BT, clip, totals())
+    assert torch.autograd.gradcheck(lambda x: value_loss(x, *given)[0], values)
+    loss, metrics = value_loss(values, *given)
+    assert loss.item() > 0
+    assert bool(metrics["value/clip_fraction"]) == (clip is not None)
 
 
 def test_value_loss_by_hand() -> None:

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from raylign.cluster.weights import joined, version_digest
-from raylign.trainers.adapters import open_base
-from raylign.trainers.online.batch import TrainSample
+from raylign.trainers.adapters import export_weights, open_base
+from raylign.trainers.online.batch import TrainSample, micro_batches
+from raylign.trainers.online.losses import LossSettings, Tokens, Totals, policy_loss
 from raylign.trainers.online.policy import Policy, PolicySpec
 from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
 from raylign.trainers.stages import ALGORITHMS, OnlineStage
+
+from .test_losses_of_trl import inputs, trainer
 
 LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 """Tokens of prompt and completion of each sample."""
@@ -116,14 +119,91 @@ def test_an_update_does_not_depend_on_micro_batches_and_order(
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
-def test_going_on_from_a_save_is_bit_equal_to_going_on(
-    policy: Callable[..., Policy], samples: list[TrainSample], tmp_path: Path
+def test_a_single_update_is_the_plain_one_bit_for_bit(
+    policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:
-    one = policy()
+    """Without any forward besides: the loss of the micro-batches, its gradient, clipping, AdamW, all by hand."""
+    one, by_hand = policy(micro_batch_tokens=12, warmup_steps=0), policy()._model
+    trained = [p for p in by_hand.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    settings, totals = LossSettings(kl=(0.1, "k3")), Totals(15, 4, 128 * 256)
+    for rows in micro_batches([s.length for s in samples], 12):
+        batch = align([samples[i] for i in rows], "cpu")
+        new, _ = completion_logprobs(by_hand, batch, 1.0)
+        mask, given = batch.mask_BK, (batch.behaviour_BK, batch.advantages_BK)
+        policy_loss(Tokens(new, new.detach(), *given, mask, batch.reference_BK), totals, settings)[0].backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    told = one.update(samples, 0, 0.1)
+    assert version_digest(*export_weights(by_hand), "") == _digest(one)
+    assert told["clip_fraction"] == 0
+    assert told["updates"] == 1
+    assert told["grad_norm"] == told["grad_norm/max"]
+
+
+def test_a_second_update_is_that_of_trls_loss_on_log_probs_from_before_the_first(
+    policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    from trl import GRPOTrainer
+
+    options = {"kl": None, "mismatch": None, "clip": {"dual": None}, "schedule": "constant"}
+    batch = align(samples, "cpu")
+
+    by_hand = policy(**options)
+    with torch.no_grad():
+        old, _ = completion_logprobs(by_hand._model, batch, 1.0)
+    first = by_hand.update(samples, 0, 0.0)
+    new, entropy = completion_logprobs(by_hand._model, batch, 1.0)
+    t = Tokens(new, old, batch.behaviour_BK, batch.advantages_BK, batch.mask_BK, entropy_BT=entropy)
+    lines = torch.tensor([float(s.advantages[0]) for s in samples])
+    loss = GRPOTrainer._compute_loss(trainer(t), None, inputs(t) | {"advantages": lines})
+    gradients = torch.autograd.grad(loss, [p for p in by_hand._model.parameters() if p.requires_grad])
+    norm = torch.stack([g.norm() for g in gradients]).norm().item()
+    ratio = (new - old).exp()
+    outside = ((ratio < 0.8) & (batch.advantages_BK < 0)) | ((ratio > 1.28) & (batch.advantages_BK > 0))
+    clipped = (outside * batch.mask_BK).sum().item() / 15
+    assert clipped > 0.2
+
+    told = policy(**options, epochs=2).update(samples, 0, 0.0)
+    assert told["updates"] == 2
+    assert 2 * told["loss"] == pytest.approx(first["loss"] + loss.item(), rel=1e-4)
+    assert 2 * told["grad_norm"] == pytest.approx(first["grad_norm"] + norm, rel=1e-4)
+    assert told["grad_norm/max"] == pytest.approx(max(first["grad_norm"], norm), rel=1e-4)
+    assert told["clip_fraction"] == pytest.approx(clipped / 2)
+
+
+def test_several_updates_do_not_depend_on_micro_batches(
+    policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    told = [
+        policy(epochs=2, minibatches=2, micro_batch_tokens=tokens).update(samples, 0, 0.1) for tokens in (1, 12, 10_000)
+    ]
+    assert told[0]["updates"] == 4
+    for other in told[1:]:
+        assert other == pytest.approx(told[0], rel=2e-3, abs=1e-5)
+
+
+def test_an_update_of_a_minibatch_is_normalised_over_its_own_tokens(
+    policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    """Twice the same samples: each of two minibatches gives what the whole gives, whichever way they are cut."""
+    (one, *_), fields = samples, {"learning_rate": 1e-9}  # so that the second update starts where the first did
+    for aggregation in ("token", "sequence", "constant"):
+        whole = policy(aggregation=aggregation, **fields).update([one] * 4, 0, 0.1)
+        parts = policy(aggregation=aggregation, minibatches=2, **fields).update([one] * 4, 0, 0.1)
+        expected = [whole["loss"], whole["grad_norm"], whole["entropy"]]
+        assert [parts["loss"], parts["grad_norm"], parts["entropy"]] == pytest.approx(expected, rel=1e-4), aggregation
+
+
+@pytest.mark.parametrize("updates", [{}, {"epochs": 2, "minibatches": 2}])
+def test_going_on_from_a_save_is_bit_equal_to_going_on(
+    updates: dict[str, int], policy: Callable[..., Policy], samples: list[TrainSample], tmp_path: Path
+) -> None:
+    one = policy(**updates)
     one.update(samples, 0, 0.1)
     one.update(samples, 1, 0.1)
     one.save(tmp_path)
-    other = policy()
+    other = policy(**updates)
     other.load(tmp_path)
     before = _digest(one)
     assert _digest(other) == before

@@ -36,6 +36,7 @@ def test_every_algorithm_names_functions_that_exist(name: str) -> None:
         ("rloo", "leave_one_out", "none", "product", "sequence", (0.2, 0.2, None)),
         ("reinforce_pp", "returns", "tokens", "token", "token", (0.2, 0.2, None)),
         ("reinforce_pp_baseline", "group_mean", "tokens", "token", "token", (0.2, 0.2, None)),
+        ("ppo", "gae", "tokens", "token", "token", (0.2, 0.2, None)),
         ("online_dpo", "preference", "none", "product", "sequence", (0.2, 0.28, 3.0)),
     ],
 )
@@ -52,6 +53,7 @@ def test_presets(
     assert (made.clip.low, made.clip.high, made.clip.dual) == clip
     assert made.loss == ("cispo" if name == "cispo" else "clipped")
     assert bool(made.kl) == (name == "online_dpo")  # else off unless the recipe has it
+    assert bool(made.critic) == (name == "ppo")
     assert bool(made.dynamic_sampling) == bool(made.overlong) == (name == "dapo")
 
 
@@ -59,6 +61,8 @@ def test_a_preset_reaches_into_a_block_that_the_recipe_opens() -> None:
     assert (stage(type="rloo", kl={}).kl.place, stage(type="rloo", kl={}).kl.estimator) == ("reward", "k1")
     assert stage(type="rloo", kl={"place": "loss", "estimator": "k3"}).kl.place == "loss"
     assert stage(type="grpo", kl={}).kl.place == "loss"
+    assert (stage(type="ppo", kl={}).kl.place, stage(type="ppo", kl={}).kl.estimator) == ("reward", "k1")
+    assert stage(type="ppo", critic={"lam": 1.0}).critic.lam == 1.0
     assert stage(type="online_dpo").kl.coefficient == 0.1
     assert stage(type="online_dpo", kl={"coefficient": 0.3}).kl.place == "reward"
     assert stage(type="reinforce_pp_baseline", kl={"coefficient": 0.1}).kl.estimator == "k2"
@@ -88,6 +92,12 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"type": "online_dpo", "kl": None}, "kl null: advantage preference compares log-ratios to the reference"),
         ({"type": "online_dpo", "kl": {"estimator": "k3"}}, "kl k3 in the reward: advantage preference compares"),
         ({"type": "online_dpo", "advantage_scale": "group"}, "DPO's gradient is not scaled by what others of the"),
+        ({"type": "ppo", "advantage_scale": "batch"}, "advantage gae takes none off: take tokens or none"),
+        ({"type": "ppo", "critic": None}, "critic null: advantage gae is made of a critic's values; give critic: {}"),
+        ({"critic": {}}, "critic: advantage group_mean asks no values, so a critic would learn for nothing; leave it"),
+        ({"type": "ppo", "advantage": "returns"}, "critic: advantage returns asks no values"),
+        ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
+        ({"type": "online_dpo", "epochs": 2}, "epochs 2 and minibatches 1: DPO's gradient is known before a step's"),
         ({"loss": "ppo"}, "'clipped' or 'cispo'"),
     ],
 )

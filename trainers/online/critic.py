@@ -1,0 +1,128 @@
+"""The critic role: a value for every token, learned beside the policy. A plain class around a model, and its Ray shell.
+
+Shapes: as in `scoring_model.py`; D the model's width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .batch import TrainSample, micro_batches
+from .policy import PolicySpec, device_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .scoring_model import Aligned
+
+
+class Critic:
+    """The policy's model as it stood when the stage began, with a linear head on the last hidden state instead of the
+    vocabulary's. What trains besides the head is what trains of the policy: an adapter, or all weights.
+
+    The head begins at 0, so that before the first update every value is 0 and advantages are those of the rewards.
+    """
+
+    def __init__(self, spec: PolicySpec) -> None:
+        import torch
+        from peft import PeftModel
+        from torch import nn
+
+        from ..adapters import open_model
+        from .learner import Learner
+
+        assert spec.stage.critic, "a stage without a critic starts none"
+        torch.set_num_threads(1)
+        self._stage, self._config = spec.stage, spec.stage.critic
+        self._device = device_of(self._config.resources.gpus)
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
+        whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._body: nn.Module = whole.base_model.to(self._device).eval()
+        self._head = nn.Linear(whole.config.get_text_config().hidden_size, 1, device=self._device)
+        nn.init.zeros_(self._head.weight)
+        nn.init.zeros_(self._head.bias)
+        parameters = dict(nn.ModuleDict({"body": self._body, "head": self._head}).named_parameters())
+        rate = self._config.learning_rate
+        self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, device=self._device)
+
+    def values(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """What is still to come, as the critic sees it before each completion token; `[T]` of each sample."""
+        from .scoring_model import of_each_sample
+
+        return of_each_sample(self._values, samples, self._stage.micro_batch_tokens, self._device)
+
+    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+        """The updates of a step towards the samples' `returns`, in the same minibatches as the policy's.
+
+        Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
+        """
+        if not samples:
+            return {}
+        told = self._learner.learn(samples, step, self._backward)
+        returns = np.concatenate([s.returns for s in samples if s.returns is not None])
+        values = np.concatenate([s.values for s in samples if s.values is not None])
+        left = float(np.var(returns - values, dtype=np.float64) / max(np.var(returns, dtype=np.float64), 1e-12))
+        return {
+            "value/loss": told["value/loss"],
+            "value/clip_fraction": told["value/clip_fraction"],
+            "value/grad_norm": told["grad_norm"],
+            "value/grad_norm/max": told["grad_norm/max"],
+            "value/learning_rate": told["learning_rate"],
+            "value/mean": float(values.mean(dtype=np.float64)),
+            "value/explained_variance": 1 - left,
+        }
+
+    def _values(self, batch: "Aligned") -> "Tensor":
+        hidden_BLD = self._body(
+            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
+        ).last_hidden_state
+        return self._head(hidden_BLD[:, batch.first : -1].float())[..., 0]
+
+    def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
+        from .losses import Totals, joined, value_loss
+        from .scoring_model import align
+
+        totals, parts = Totals(sum(len(s.tokens) for s in samples), len(samples), 0), []
+        for rows in micro_batches([s.length for s in samples], self._stage.micro_batch_tokens):
+            batch = align([samples[i] for i in rows], self._device)
+            if batch.values_BK is None or batch.returns_BK is None:
+                raise ValueError("the critic learns from samples that have values and returns")
+            loss, metrics = value_loss(
+                self._values(batch), batch.values_BK, batch.returns_BK, batch.mask_BK, self._config.clip, totals
+            )
+            loss.backward()
+            parts.append(metrics)
+        return joined(parts)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state as safetensors."""
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
+        self._learner.load(folder)
+
+
+class CriticActor:
+    """The Ray shell of a `Critic`."""
+
+    def __init__(self, spec: PolicySpec) -> None:
+        self._critic = Critic(spec)
+
+    def values(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Values `[T]` of each completion."""
+        return self._critic.values(samples)
+
+    def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
+        """The updates of a step."""
+        return self._critic.update(samples, step)
+
+    def save(self, folder: Path) -> None:
+        """Write the training state into a folder on the run's storage."""
+        self._critic.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self._critic.load(folder)
