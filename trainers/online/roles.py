@@ -76,7 +76,8 @@ class Roles:
         if stage.kl:
             self._begin("reference", ReferenceActor, stage.reference, (self._spec,), tick, **_STATELESS)
         for i in range(stage.scoring.workers):
-            given = (list(stage.rewards), Path("/"), stage.scoring.on_error)
+            device = "cuda" if stage.scoring.resources.gpus else "cpu"
+            given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
             self._scorers.append(f"reward-{i}")
         for name, actor in self._actors.items():

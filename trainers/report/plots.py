@@ -45,7 +45,7 @@ PANELS = (
     Panel("mismatch", "Trainer against engine", ("mismatch/mean", "mismatch/max"), "|Δ log-prob|", log=True),
     Panel("gradient", "Gradient norm", ("grad_norm",), zero=True),
     Panel("clip", "Clipped tokens", ("clip_fraction",), "share", zero=True),
-    Panel("margins", "Chosen against rejected", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    Panel("margins", "Chosen against rejected", ("rewards/chosen", "rewards/rejected", "rewards/margins", "margin")),
     Panel("preference", "Preference accuracy", ("rewards/accuracies",), zero=True),
     Panel("learning-rate", "Learning rate", ("learning_rate",), zero=True),
     Panel("throughput", "Throughput", ("tokens_per_second",), "tokens / s", zero=True),
