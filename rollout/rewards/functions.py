@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from ...cluster.errors import InputError, RaylignError
 from ..config import FormatReward, FunctionReward, ModelReward, RewardConfig, TextReward
@@ -31,20 +31,6 @@ class RewardError(RaylignError, ValueError):
 
 class RewardOverrun(RewardError):
     """A reward did not end in time, or took its process down."""
-
-
-class Reward(Protocol):
-    """Scores completions; `weight` is its share in the sum."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    def score(self, completion: str, row: Row) -> float:
-        """The unweighted score. Raises `RewardError`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

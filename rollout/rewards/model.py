@@ -26,6 +26,8 @@ _PADDING = 1 / 8
 class RewardModel:
     """A sequence-classification model of one label from a folder, on `cpu` or `cuda`.
 
+    The head reads the last token that is not the padding token, as it did in training; where a tokenizer has none of
+    its own and pads with the stop token, that is the one before the stop.
     Raises `InputError` where there is none, or where its head is not in the file (it would be random).
     """
 

@@ -26,13 +26,18 @@ def check_reward_model(folder: Path, policy: Path, tokenizer: Any, where: str) -
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: {folder} is not a model folder: its config.json cannot be read: {error}") from None
     _check_head(folder, config, where)
-    size, needed = config.get("vocab_size"), json.loads((policy / "config.json").read_text()).get("vocab_size")
+    size, needed = (_of_text(c).get("vocab_size") for c in (config, json.loads((policy / "config.json").read_text())))
     if size and needed and size < needed:
         raise InputError(f"{where}: {folder} knows {size} tokens and the policy has {needed}: {_MEND}")
     _check_tokenizer(folder, tokenizer, where)
 
 
 _MEND = "take a reward model trained on the policy's tokenizer, such as a reward_model stage makes"
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of text; that of a model of images too has it one level down."""
+    return config.get("text_config") or config
 
 
 def _check_head(folder: Path, config: dict[str, Any], where: str) -> None:
@@ -42,7 +47,7 @@ def _check_head(folder: Path, config: dict[str, Any], where: str) -> None:
     labels = len(config.get("id2label") or {0: "", 1: ""})  # transformers writes them unless they are its two
     if labels != 1:
         raise InputError(f"{where}: {folder} has {labels} labels, and a reward is one number: take one with one label")
-    if config.get("pad_token_id") is None:
+    if _of_text(config).get("pad_token_id") is None:
         raise InputError(f"{where}: {folder} has no pad_token_id in its config.json: write the tokenizer's there")
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"{where}: {folder} has no *.safetensors: save the model there with save_pretrained")
