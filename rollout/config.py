@@ -79,27 +79,32 @@ class RewardBase(Config):
     """What all rewards share."""
 
     name: str | None = None
-    """The name in metrics; the type or the function's name by default."""
+    """The name in metrics; the type, or the function's or the stage's name, by default."""
     weight: float = 1.0
+
+
+class TextRewardBase(RewardBase):
+    """A reward that reads a completion's text, in a process of its own."""
+
     timeout_seconds: float = Field(default=10.0, gt=0)
     """Per completion; a reward that takes longer counts as an error (math: as 0, since models do write `10^10^10`)."""
 
 
-class FunctionReward(RewardBase):
+class FunctionReward(TextRewardBase):
     """A Python function `f(completion: str, row: dict) -> float`, by file (`rewards.py:exact`) or import path."""
 
     type: Literal["function"] = "function"
     path: str
 
 
-class FormatReward(RewardBase):
+class FormatReward(TextRewardBase):
     """1.0 when the whole completion matches a regular expression, else 0.0."""
 
     type: Literal["format"] = "format"
     pattern: str
 
 
-class MathReward(RewardBase):
+class MathReward(TextRewardBase):
     """1.0 when math-verify finds the completion's answer equal to the row's, else 0.0."""
 
     type: Literal["math"] = "math"
@@ -109,7 +114,26 @@ class MathReward(RewardBase):
     """Take what follows the last occurrence of this mark in that column (`####` for GSM8K)."""
 
 
-RewardConfig = Annotated[FunctionReward | FormatReward | MathReward, Field(discriminator="type")]
+class ModelReward(RewardBase):
+    """The number that a reward model gives to prompt and completion, as it is: no scale, no bounds."""
+
+    type: Literal["model"] = "model"
+    stage: str | None = None
+    """A `reward_model` stage of this recipe that comes before."""
+    path: str | None = None
+    """A folder with a sequence-classification model of one label, on the policy's tokenizer."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "ModelReward":
+        if (self.stage is None) == (self.path is None):
+            given = "both stage and path" if self.stage else "neither stage nor path"
+            raise ValueError(f"{given}: name the reward_model stage that makes the model, or the folder that holds it")
+        return self
+
+
+TextReward = FunctionReward | FormatReward | MathReward
+TextRewardConfig = Annotated[TextReward, Field(discriminator="type")]
+RewardConfig = Annotated[TextReward | ModelReward, Field(discriminator="type")]
 
 
 class ScoringConfig(Config):

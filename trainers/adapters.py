@@ -36,6 +36,26 @@ def open_model(
     return _new_adapter(model, lora, seed) if lora else model
 
 
+def open_reward_model(base: Path, lora: LoraConfig | None, *, seed: int) -> "PreTrainedModel":
+    """A folder's weights under a new head of one number, from the seed, in float32; with a new adapter if `lora` asks.
+
+    Raises `InputError` where the folder cannot be read, or its architecture has no such form.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from trl.trainer.reward_trainer import suppress_seqcls_warning  # that the head is new
+
+    with torch.random.fork_rng(devices=[]), suppress_seqcls_warning():
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, dtype=torch.float32, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(f"{base} cannot be made a reward model: {str(error).splitlines()[0]}") from error
+    return _new_adapter(model, lora, seed, task="SEQ_CLS") if lora else model
+
+
 def open_base(base: Path, *, dtype: str = "float32") -> "PreTrainedModel":
     """The model of a folder, weights from safetensors only. Raises `InputError` where there is none."""
     import torch
@@ -61,7 +81,7 @@ def random_model(base: Path, *, seed: int) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int) -> Any:
+def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int, *, task: str = "CAUSAL_LM") -> Any:
     import torch
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
@@ -72,7 +92,7 @@ def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int) -> Any:
         lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -191,6 +211,14 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> Path:
     check_adapter(adapter, base)
     model = _attach(open_base(base), adapter).merge_and_unload(safe_merge=True)
     return save_model(model, base, out)
+
+
+def save_reward_model(model: Any, tokenizer_of: Path, out: Path) -> Path:
+    """Write what `open_reward_model` gave, its adapter merged in float32, as an ordinary model folder."""
+    from peft import PeftModel
+
+    whole = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
+    return save_model(whole, tokenizer_of, out)
 
 
 def save_model(model: Any, tokenizer_of: Path, out: Path) -> Path:

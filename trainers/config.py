@@ -1,13 +1,15 @@
 """`RunConfig`: a whole recipe, composed of what each folder says of itself. Imports neither ray nor torch."""
 
+from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ..cluster.config import ClusterConfig, Config, ControllerConfig, Name
-from ..rollout.config import RewardConfig
+from ..rollout.config import ModelReward, TextRewardConfig
 from ..serve.config import ServeConfig
-from .stages import DataConfig, OnlineStage, StageConfig
+from .stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
 
 
 class ModelConfig(Config):
@@ -41,7 +43,7 @@ class EvaluationConfig(Config):
     """Held-out prompts asked through the served models at the end of the run."""
 
     data: DataConfig
-    rewards: list[RewardConfig] = Field(min_length=1, max_length=1)
+    rewards: list[TextRewardConfig] = Field(min_length=1, max_length=1)
     """What counts as right: one reward, 1.0 for a right answer."""
     temperatures: tuple[Annotated[float, Field(ge=0, le=2)], ...] = (0.0, 1.0)
     """Each from 0 (greedy) to 2, as the API takes it."""
@@ -100,6 +102,8 @@ class RunConfig(Config):
             raise ValueError("model.init is random: the first stage must be cpt, which trains all weights")
         paths = [self.model.path, *(s.data.path for s in self.stages)]
         paths += [self.evaluation.data.path] if self.evaluation else []
+        paths += [s.held_out.path for s in self.stages if isinstance(s, RewardModelStage) and s.held_out]
+        paths += [reward.path or "" for _, _, reward in self._model_rewards()]
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
         for index, stage in enumerate(self.stages[1:], 1):
@@ -109,6 +113,31 @@ class RunConfig(Config):
                     f"stages.{index}.adapter.path {adapter.path!r}: the stages before it change the model that the "
                     "adapter was made for; give it in the first stage"
                 )
+        return self
+
+    def _model_rewards(self) -> Iterator[tuple[int, int, ModelReward]]:
+        """The rewards that are models, with the places of their stage and of themselves."""
+        for index, stage in enumerate(self.stages):
+            for place, reward in enumerate(stage.rewards if isinstance(stage, OnlineStage) else ()):
+                if isinstance(reward, ModelReward):
+                    yield index, place, reward
+
+    @model_validator(mode="after")
+    def _reward_models_come_first(self) -> "RunConfig":
+        made = {stage_name(s): i for i, s in enumerate(self.stages) if isinstance(s, RewardModelStage)}
+        others = {stage_name(s): s.type for s in self.stages if not isinstance(s, RewardModelStage)}
+        for index, place, reward in self._model_rewards():
+            if reward.stage is None or made.get(reward.stage, index) < index:
+                continue
+            where = f"stages.{index}.rewards.{place}.stage {reward.stage!r}"
+            before = [name for name, i in made.items() if i < index]
+            mend = f"there is {', '.join(before)}" if before else "add a reward_model stage before this one"
+            if reward.stage in made:
+                raise ValueError(f"{where}: that stage comes after stages.{index}: put it before")
+            if reward.stage in others:
+                raise ValueError(f"{where} is of type {others[reward.stage]}, which makes no reward model: {mend}")
+            near = get_close_matches(reward.stage, before, n=1)
+            raise ValueError(f"{where}: there is no such stage: {f'did you mean {near[0]!r}?' if near else mend}")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..cluster.rundir import RunDir
 from .adapters import check_adapter, merge_adapter
 from .config import stage_name
-from .stages import CptStage, StageConfig
+from .stages import CptStage, RewardModelStage, StageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +31,20 @@ class StageOutcome:
     """Weight version published last; 0 for an offline stage."""
     workers: tuple[int, int] = (1, 1)
     """Fewest and most workers seen."""
+    reward_model: Path | None = None
+    """The folder of the reward model that it made instead of a policy."""
 
 
 def starting_model(stage: StageConfig, index: int, model: ModelState, run: RunDir) -> ModelState:
     """The model a stage trains, given what the stage before left.
 
-    A stage without an adapter block goes on training the adapter it gets. One with a block, and `cpt`, which trains all
-    weights, start from the former adapter merged into a new base (in float32, written once), and with the block's own
-    `path` if it has one. Raises `InputError` where an adapter does not fit its base.
+    A stage without an adapter block goes on training the adapter it gets. One with a block, `cpt`, which trains all
+    weights, and `reward_model`, which has another head, start from the former adapter merged into a new base (in
+    float32, written once), and with the block's own `path` if it has one. Raises `InputError` where an adapter does not
+    fit its base.
     """
     own = None if isinstance(stage, CptStage) else stage.adapter
-    if model.adapter and (own or isinstance(stage, CptStage)):
+    if model.adapter and (own or isinstance(stage, CptStage | RewardModelStage)):
         merged = run / "models" / f"{index}-{stage_name(stage)}-base"
         model = ModelState(merged if merged.exists() else merge_adapter(model.base, model.adapter, merged))
     if own and own.path:

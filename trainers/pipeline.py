@@ -16,6 +16,8 @@ from ..cluster.errors import InputError
 from ..cluster.placement import Demand, Offer, plan
 from ..cluster.rundir import RunDir, read_json, write_atomically
 from ..cluster.weights import base_digest
+from ..rollout.config import ModelReward, RewardConfig
+from ..rollout.rewards.functions import reward_name
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs
 from .interrupt import StopRequested, stop_if_asked
@@ -24,6 +26,7 @@ from .model_state import ModelState, StageOutcome, starting_model
 from .offline.stage import run_offline_stage
 from .online.stage import run_online_stage
 from .publish import publish, serve_and_evaluate
+from .recipe import resolve_prepared
 from .report.build import write_report
 from .stages import OnlineStage, StageConfig
 from .tracking import Tracker, open_tracker
@@ -49,6 +52,9 @@ class Finished:
     workers: tuple[int, int] = (1, 1)
     digest: str = ""
     """Of the adapter it left, or of the whole model where it trained all weights; what a served answer names."""
+    reward_model: str | None = None
+    """The folder of the reward model that it made; base and adapter are then those of the policy before, and the digest
+    is the reward model's."""
 
 
 def check_placement(config: RunConfig, nodes: Sequence[Offer]) -> None:
@@ -197,17 +203,33 @@ def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker
         say(f"stage {index + 1}/{len(config.stages)}: {name}")
         run.event("stage_began", stage=name)
         run.update_status(status="running", stage=name, step=0, steps=stage.steps)
-        start = starting_model(stage, index, model or ModelState(inputs.model), run)
-        outcome = _run_stage(config, stage, index, start, inputs, run, tracker)
+        model = model or ModelState(inputs.model)
+        start = starting_model(stage, index, model, run)
+        outcome = _run_stage(config, _with_reward_models(stage, done, run), index, start, inputs, run, tracker)
         outcome = _with_earlier(outcome, name, run)
         if outcome.stopped:
             run.update_status(unfinished={name: {"restarts": outcome.restarts, "workers": outcome.workers}})
             raise StopRequested
-        model = outcome.model
-        done.append(_note(name, stage.type, outcome))
+        model = model if outcome.reward_model else outcome.model
+        done.append(_note(name, stage.type, replace(outcome, model=model)))
         write_atomically(run / "progress.json", json.dumps([asdict(d) for d in done], indent=1))
         run.update_status(unfinished={})
         run.event("stage_ended", stage=name, seconds=outcome.seconds)
+
+
+def _with_reward_models(stage: StageConfig, done: Sequence[Finished], run: RunDir) -> StageConfig:
+    """An online stage whose reward models are folders, under the names they have in the recipe."""
+    if not isinstance(stage, OnlineStage):
+        return stage
+    made = {d.name: d.reward_model for d in done}
+
+    def located(reward: RewardConfig) -> RewardConfig:
+        if not isinstance(reward, ModelReward):
+            return reward
+        path = made[reward.stage] if reward.stage else str(resolve_prepared(reward.path or "", run.path))
+        return reward.model_copy(update={"name": reward_name(reward), "stage": None, "path": path})
+
+    return stage.model_copy(update={"rewards": [located(reward) for reward in stage.rewards]})
 
 
 def _run_stage(
@@ -230,6 +252,7 @@ def _run_stage(
         index=index,
         model=model,
         encoded=given.proof.require(),
+        held_out=given.held_out,
         seed=config.seed,
         run_dir=run,
         init_random=index == 0 and config.model.init == "random",
@@ -248,7 +271,7 @@ def _with_earlier(outcome: StageOutcome, name: str, run: RunDir) -> StageOutcome
 
 
 def _note(name: str, kind: str, outcome: StageOutcome) -> Finished:
-    adapter = outcome.model.adapter
+    adapter, made = outcome.model.adapter, outcome.reward_model
     return Finished(
         name=name,
         type=kind,
@@ -260,5 +283,6 @@ def _note(name: str, kind: str, outcome: StageOutcome) -> Finished:
         restarts=outcome.restarts,
         version=outcome.version,
         workers=outcome.workers,
-        digest=adapter.name if adapter else base_digest(outcome.model.base),
+        digest=adapter.name if adapter and not made else base_digest(made or outcome.model.base),
+        reward_model=str(made) if made else None,
     )

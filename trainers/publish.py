@@ -28,7 +28,7 @@ def publish(config: RunConfig, run: RunDir, stages: "Sequence[Finished]") -> lis
     registry.promote(names[0], base.digest)
     last = base
     for stage in stages:
-        if stage.adapter and stage.base == stages[-1].base:
+        if stage.adapter and stage.base == stages[-1].base and not stage.reward_model:
             provenance = {"run": run.name, "stage": stage.name, "steps": stage.steps, "metrics": stage.metrics}
             last = registry.publish(Path(stage.adapter), base, provenance)
             names.append(f"{run.name}-{stage.name}")

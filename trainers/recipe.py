@@ -153,6 +153,8 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
     sections = [*data["stages"], *([data["evaluation"]] if config.evaluation else [])]
     for section in sections:
         section["data"]["path"] = _absolute(section["data"]["path"], root)
+        if section.get("held_out"):
+            section["held_out"]["path"] = _absolute(section["held_out"]["path"], root)
         if (section.get("adapter") or {}).get("path"):
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):
@@ -160,6 +162,8 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
         for reward in section.get("rewards", ()):
             if reward["type"] == "function":
                 reward["path"] = _code_path(reward["path"], root)
+            if reward["type"] == "model" and reward.get("path"):
+                reward["path"] = _absolute(reward["path"], root)
     return RunConfig.model_validate(data)
 
 

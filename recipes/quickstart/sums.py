@@ -3,7 +3,8 @@
     123+456:3+6+0=09;2+5+0=07;1+4+0=05;=579
 
 One column a step, units first: digit + digit + carry = two digits. `prepare` writes the training text, the
-demonstrations, the prompts, the held-out questions, and an untrained model folder (config and tokenizer, no weights).
+demonstrations, the prompts, pairs of a right and a wrong answer, the held-out questions, and an untrained model folder
+(config and tokenizer, no weights).
 Which questions are held out is a property of the question itself, so no seed can mix them into training.
 """
 
@@ -72,6 +73,7 @@ def prepare(
     worked_demonstrations: float = 0.35,
     slips: float = 0.1,
     prompts: int = 4000,
+    preferences: int = 4000,
     questions: int = 240,
 ) -> None:
     """Write everything the quickstart reads into `out`."""
@@ -86,8 +88,10 @@ def prepare(
     clean = [_demonstration(a, b, worked(a, b)) for a, b in (draw(rng) for _ in range(demonstrations))]
     _write(out / "clean_demonstrations.jsonl", clean)
     _write(out / "prompts.jsonl", [_question(*draw(rng)) for _ in range(prompts)])
-    asked = _distinct(random.Random(HELD_OUT_SEED), questions)
+    _write(out / "preferences.jsonl", [_preference(*draw(rng), rng) for _ in range(preferences)])
+    asked, apart = _distinct(random.Random(HELD_OUT_SEED), questions), random.Random(HELD_OUT_SEED)
     _write(out / "held_out.jsonl", [_question(a, b) for a, b in asked])
+    _write(out / "held_out_preferences.jsonl", [_preference(a, b, apart) for a, b in asked])
 
 
 def _distinct(rng: random.Random, count: int) -> list[tuple[int, int]]:
@@ -109,6 +113,22 @@ def _document(rng: random.Random, worked_share: float, chat_share: float) -> dic
 
 def _demonstration(a: int, b: int, reply: str) -> dict[str, list[dict[str, str]]]:
     return {"messages": [{"role": "user", "content": f"{a}+{b}"}, {"role": "assistant", "content": reply}]}
+
+
+def _preference(a: int, b: int, rng: random.Random) -> dict[str, str]:
+    """A right answer before a wrong one; each is worked half of the time, so the form does not tell them apart."""
+    right = worked(a, b) if rng.random() < 0.5 else short(a, b)
+    return {"prompt": f"{a}+{b}", "chosen": right, "rejected": _wrong(a, b, rng)}
+
+
+def _wrong(a: int, b: int, rng: random.Random) -> str:
+    """Columns of which one slipped, or a number with one digit off."""
+    if rng.random() < 0.5:
+        return short(a, b + rng.choice((-100, -10, -1, 1, 10, 100)))
+    while True:
+        text = worked(a, b, rng, slips=0.3)
+        if answer(text) != str(a + b):
+            return text
 
 
 def _question(a: int, b: int) -> dict[str, str]:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from ...cluster.errors import InputError, RaylignError
-from ..config import FormatReward, FunctionReward, RewardConfig
+from ..config import FormatReward, FunctionReward, ModelReward, RewardConfig, TextReward
 
 Row = dict[str, Any]
 ScoreFunction = Callable[[str, Row], object]
@@ -31,20 +31,6 @@ class RewardError(RaylignError, ValueError):
 
 class RewardOverrun(RewardError):
     """A reward did not end in time, or took its process down."""
-
-
-class Reward(Protocol):
-    """Scores completions; `weight` is its share in the sum."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> float: ...
-
-    def score(self, completion: str, row: Row) -> float:
-        """The unweighted score. Raises `RewardError`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +52,8 @@ class LocalReward:
         return finite(value)
 
 
-def build_reward(config: RewardConfig, root: Path) -> LocalReward:
-    """What a recipe's reward entry means; paths are relative to `root`, the recipe's folder.
+def build_reward(config: TextReward, root: Path) -> LocalReward:
+    """What a recipe's entry for a reward of text means; paths are relative to `root`, the recipe's folder.
 
     Raises `InputError` for a path that does not import, a missing function, a wrong signature or a broken pattern.
     """
@@ -75,9 +61,11 @@ def build_reward(config: RewardConfig, root: Path) -> LocalReward:
 
 
 def reward_name(config: RewardConfig) -> str:
-    """The name in metrics: the entry's own, else its function's, else its type."""
+    """The name in metrics: the entry's own, else its function's or its stage's, else its type."""
     if config.name:
         return config.name
+    if isinstance(config, ModelReward):
+        return config.stage or config.type
     return config.path.rpartition(":")[2] if isinstance(config, FunctionReward) else config.type
 
 
@@ -125,7 +113,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")
 
 
-def _function(config: RewardConfig, root: Path) -> ScoreFunction:
+def _function(config: TextReward, root: Path) -> ScoreFunction:
     if isinstance(config, FunctionReward):
         return load_function(config.path, root)
     if isinstance(config, FormatReward):

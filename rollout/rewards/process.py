@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from ...cluster.errors import InputError, RunFailed
-from ..config import MathReward, RewardConfig
+from ..config import MathReward, TextReward
+from ..records import Group
 from .functions import RewardError, RewardOverrun, Row, build_reward, reward_name
 
 START_SECONDS = 120.0
@@ -37,7 +39,7 @@ class BoundedReward:
     write `10^{10^{10}}`, and a run must not end with it. For any other reward an overrun is an error.
     """
 
-    def __init__(self, config: RewardConfig, root: Path) -> None:
+    def __init__(self, config: TextReward, root: Path) -> None:
         self.config = config
         self.name = reward_name(config)
         self.weight = config.weight
@@ -78,6 +80,16 @@ class BoundedReward:
         if "error" in answer:
             raise RewardError(answer["error"])
         return float(answer["score"])
+
+    def outcomes(self, group: Group) -> Iterator[float | RewardError]:
+        """The score of each sample of a group, or what was wrong with it, one at a time."""
+        for sample in group.samples:
+            try:
+                score = self.score(sample.text, group.row)
+            except RewardError as error:
+                yield error
+            else:
+                yield score
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -196,7 +208,7 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(json.dumps(answer).encode())
 
 
-def _warm(config: RewardConfig) -> None:
+def _warm(config: TextReward) -> None:
     """Pay for heavy imports before the first completion's clock starts."""
     if isinstance(config, MathReward):
         build_reward(config, Path()).score("\\boxed{\\frac{1}{2}}", {config.answer: f"{config.answer_after or ''}0.5"})

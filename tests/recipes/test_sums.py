@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 SUMS = Path(__file__).parents[2] / "recipes/quickstart/sums.py"
-SMALL = {"documents": 300, "demonstrations": 120, "prompts": 120, "questions": 40}
+SMALL = {"documents": 300, "demonstrations": 120, "prompts": 120, "preferences": 120, "questions": 40}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,19 @@ def trained_on(out: Path) -> set[str]:
     found = {match[1] for text in texts if (match := re.match(r"\n(\d+\+\d+):", text))}
     for name in ("demonstrations", "clean_demonstrations"):
         found |= {row["messages"][0]["content"] for row in rows(out / f"{name}.jsonl")}
-    return found | {row["prompt"] for row in rows(out / "prompts.jsonl")}
+    return found | {row["prompt"] for name in ("prompts", "preferences") for row in rows(out / f"{name}.jsonl")}
+
+
+def test_a_preference_is_right_before_wrong_and_form_does_not_tell(sums: ModuleType, tmp_path: Path) -> None:
+    sums.prepare(tmp_path, 3, **SMALL | {"preferences": 1000})
+    pairs = rows(tmp_path / "preferences.jsonl")
+    for pair in [*pairs, *rows(tmp_path / "held_out_preferences.jsonl")]:
+        row = {"answer": str(sum(map(int, pair["prompt"].split("+"))))}
+        assert sums.exact_match(pair["chosen"], row) == 1.0
+        assert sums.exact_match(pair["rejected"], row) == 0.0
+    for side in ("chosen", "rejected"):
+        assert 430 < sum(";" in pair[side] for pair in pairs) < 570
+    assert {p["prompt"] for p in rows(tmp_path / "held_out_preferences.jsonl")}.isdisjoint(trained_on(tmp_path))
 
 
 def test_demonstrations_are_uneven_and_the_clean_ones_are_not(sums: ModuleType, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Everything a run reads, read and proven before any actor starts: model, tokenizer, rows, masks, rewards, overlap."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,16 +9,17 @@ from safetensors import SafetensorError
 
 from ...cluster.errors import InputError
 from ...rollout.chat import encode_prompt
-from ...rollout.config import MathReward, RewardConfig
+from ...rollout.config import MathReward, ModelReward, RewardConfig
 from ...rollout.interpreter import check_interpreter
 from ...rollout.rewards.functions import check_names
+from ...rollout.rewards.model_folder import check_reward_model
 from ...rollout.rewards.process import BoundedReward
 from ...serve.config import ServeConfig
 from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from ..recipe import resolve_prepared
-from ..stages import DataConfig, OnlineStage, StageConfig
-from .proof import Proof, prove_stage, refuse_overlap
+from ..stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
+from .proof import EncodedRow, Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage, load_rows
 from .template import Tokenizer, load_tokenizer
 
@@ -29,6 +30,8 @@ class StageInput:
 
     rows: list[Row]
     proof: Proof
+    held_out: tuple[EncodedRow, ...] = ()
+    """Pairs that a reward model is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,13 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     model = locate_model(config.model, run)
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
     _check_adapter(config, model)
-    _check_rewards(config)
+    _check_rewards(config, run, model, tokenizer)
     _check_interpreters(config)
     stages = []
     for stage in config.stages:
         say(f"{stage_name(stage)}: reading {stage.data.path}")
         rows = _rows(stage.data, run, stage)
-        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer)))
+        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer), _held_out(stage, rows, tokenizer, run)))
     held_out = []
     if config.evaluation:
         say(f"evaluation: reading {config.evaluation.data.path}")
@@ -139,13 +142,29 @@ def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
     return rows
 
 
-def _check_rewards(config: RunConfig) -> None:
-    """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us."""
-    lists = [s.rewards for s in config.stages if isinstance(s, OnlineStage)]
-    lists += [config.evaluation.rewards] if config.evaluation else []
-    for rewards in lists:
+def _held_out(stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path) -> tuple[EncodedRow, ...]:
+    """The pairs a reward model is measured on, encoded as it trains; none of their prompts is trained on."""
+    if not isinstance(stage, RewardModelStage) or stage.held_out is None:
+        return ()
+    pairs = _rows(stage.held_out, run, stage)
+    refuse_overlap(pairs, rows, stage_name(stage))
+    return prove_stage(stage.model_copy(update={"data": stage.held_out}), pairs, tokenizer).require()
+
+
+def _check_rewards(config: RunConfig, run: Path, model: Path, tokenizer: Tokenizer) -> None:
+    """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us.
+
+    Of a reward model the files are looked at, where they are there already.
+    """
+    lists = {f"stages.{i}.rewards": s.rewards for i, s in enumerate(config.stages) if isinstance(s, OnlineStage)}
+    lists |= {"evaluation.rewards": config.evaluation.rewards} if config.evaluation else {}
+    for where, rewards in lists.items():
         check_names(rewards)
-        for reward in rewards:
+        for index, reward in enumerate(rewards):
+            if isinstance(reward, ModelReward):
+                if reward.path:
+                    check_reward_model(resolve_prepared(reward.path, run), model, tokenizer, f"{where}.{index}.path")
+                continue
             with BoundedReward(reward, Path("/")) as bounded:
                 bounded.wait_ready()
 
@@ -157,7 +176,7 @@ def _check_interpreters(config: RunConfig) -> None:
             check_interpreter(stage.rollout, f"stages.{index}.rollout")
 
 
-def _check_answers(rewards: list[RewardConfig], rows: list[Row], path: str) -> None:
+def _check_answers(rewards: Sequence[RewardConfig], rows: list[Row], path: str) -> None:
     for reward in rewards:
         if not isinstance(reward, MathReward):
             continue

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...cluster.errors import InputError
 from ..config import stage_name
-from ..stages import CptStage, DpoStage, OnlineStage, SftStage, StageConfig
+from ..stages import CptStage, DpoStage, OnlineStage, RewardModelStage, SftStage, StageConfig
 from .rows import Row
 from .template import (
     IGNORED,
@@ -104,7 +104,7 @@ def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset
         case SftStage():
             limit, cut = stage.max_length, stage.truncate
             return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops)
-        case DpoStage():
+        case DpoStage() | RewardModelStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)
         case OnlineStage():

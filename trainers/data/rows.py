@@ -2,7 +2,7 @@
 
     text        {"text": str}                                       cpt
     messages    {"messages": [message, …]}                          sft
-    preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo
+    preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo, reward_model
     prompt      {"prompt": [message, …], **the file's other columns}       grpo, evaluation
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Imports neither ray nor torch.
@@ -43,6 +43,7 @@ _KIND_OF_STAGE: dict[str, Kind] = {
     "cpt": "text",
     "sft": "messages",
     "dpo": "preference",
+    "reward_model": "preference",
     **dict.fromkeys(ALGORITHMS, "prompt"),
 }
 _NEEDS = {

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 from ..adapters import open_base
 from ..data.template import IGNORED
 from ..schedule import learning_rate
-from ..stages import CptStage, DpoStage
+from ..stages import CptStage, DpoStage, RewardModelStage
 from .stage import OfflineStage, TrainJob
 
 
@@ -57,6 +57,8 @@ def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Tra
             trainer = _cpt(job, _options(job, scratch), common)
         case DpoStage():
             trainer = _dpo(job, _options(job, scratch), common)
+        case RewardModelStage():
+            trainer = _reward_model(_options(job, scratch), common)
         case _:
             trainer = _sft(_options(job, scratch), common)
     trainer.stage, trainer.steps = job.stage, job.steps
@@ -98,6 +100,23 @@ def _dpo(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
     reference = None if job.stage.adapter or job.adapter else open_base(job.base)
     kind = type("DpoTrainer", (_Recipe, DPOTrainer), {})
     return kind(args=DPOConfig(beta=job.stage.beta, max_length=None, **options), ref_model=reference, **common)
+
+
+def _reward_model(options: dict[str, Any], common: dict[str, Any]) -> Any:
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
+
+    tokenizer = common["processing_class"]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    padded = DataCollatorForPreference(pad_token_id=pad)
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        sides = ("chosen_ids", "rejected_ids")
+        return padded([{side: row["prompt_ids"] + row[side] for side in sides} for row in rows])
+
+    kind = type("RewardModelTrainer", (_Recipe, RewardTrainer), {})
+    args = RewardConfig(max_length=None, remove_unused_columns=False, **options)
+    return kind(args=args, data_collator=collate, **common)
 
 
 def _options(job: TrainJob, scratch: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stages on Ray Train: continued pre-training, supervised fine-tuning, preference optimization.
+"""The stages on Ray Train: continued pre-training, supervised fine-tuning, preferences, reward models.
 
 The driver's half: it settles which rows each step takes and where the outcome goes; the workers (train_worker.py)
 train. Ray Train restarts them from the last checkpoint when one dies, and finds the same checkpoint when a later
@@ -21,12 +21,12 @@ from ..data.proof import EncodedRow
 from ..data.template import Encoded
 from ..model_state import ModelState, StageOutcome
 from ..schedule import rows_drawn
-from ..stages import CptStage, DpoStage, SftStage
+from ..stages import CptStage, DpoStage, RewardModelStage, SftStage
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-OfflineStage = CptStage | SftStage | DpoStage
+OfflineStage = CptStage | SftStage | DpoStage | RewardModelStage
 
 _POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 """How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
@@ -58,6 +58,7 @@ def run_offline_stage(
     index: int,
     model: ModelState,
     encoded: Sequence[EncodedRow],
+    held_out: Sequence[EncodedRow] = (),
     seed: int,
     run_dir: RunDir,
     init_random: bool = False,
@@ -65,7 +66,8 @@ def run_offline_stage(
 ) -> StageOutcome:
     """Train one stage on the rows its proof encoded, on the Ray cluster this process is connected to.
 
-    `model` is what `starting_model` gave: with its adapter training goes on, without one the stage's own is new.
+    `model` is what `starting_model` gave: with its adapter training goes on, without one the stage's own is new. A
+    reward model is measured on the `held_out` pairs, where there are any.
     Blocks until the stage is done or `run_dir.desired()["stop"]` ended it. Call it off the main thread, where Ray
     Train would take Ctrl-C for itself. Run again after a stop or a crash it goes on from the last checkpoint.
     Raises `InputError`, `DoesNotFit` where the workers get no place within `wait_seconds`, or `RunFailed` with the
@@ -89,19 +91,20 @@ def run_offline_stage(
     began = time.time()
     try:
         _await_room(stage, name, wait_seconds, run_dir)
-        made = _fit(job, rows_table(encoded), wait_seconds)
+        made = _fit(job, rows_table(encoded), rows_table(held_out) if held_out else None, wait_seconds)
     except DoesNotFit:
         if not run_dir.desired().get("stop"):
             raise
         made = not_begun(job)
     return StageOutcome(
         model=ModelState(Path(made["base"]), Path(made["adapter"]) if made["adapter"] else None),
-        metrics=_summary(run_dir, name),
+        metrics=_summary(run_dir, name) | made.get("metrics", {}),
         steps=made["step"],
         seconds=time.time() - began,
         stopped=made["stopped"],
         restarts=_starts(run_dir, name, began) - 1,
         workers=(stage.workers, stage.workers),
+        reward_model=Path(made["reward_model"]) if "reward_model" in made else None,
     )
 
 
@@ -159,7 +162,7 @@ def row_order(seed: int, rows: int, batch_size: int, steps: int) -> list[int]:
     return rows_drawn(seed, rows, 0, steps * batch_size)
 
 
-def _fit(job: TrainJob, rows: "pa.Table", wait_seconds: float) -> dict[str, Any]:
+def _fit(job: TrainJob, rows: "pa.Table", held_out: "pa.Table | None", wait_seconds: float) -> dict[str, Any]:
     """Run the workers under Ray Train; what rank 0 returned."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -175,7 +178,7 @@ def _fit(job: TrainJob, rows: "pa.Table", wait_seconds: float) -> dict[str, Any]
     stage = job.stage
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "rows": ray.put(rows)},
+        train_loop_config={"job": job, "rows": ray.put(rows), "held_out": ray.put(held_out)},
         scaling_config=ScalingConfig(
             num_workers=stage.workers,
             use_gpu=stage.resources.gpus > 0,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...cluster.rundir import RunDir
 from ...cluster.weights import base_digest, save_adapter
-from ..adapters import export_weights, open_model, random_model, save_model
-from ..stages import CptStage
+from ..adapters import export_weights, open_model, open_reward_model, random_model, save_model, save_reward_model
+from ..stages import CptStage, RewardModelStage
 from .manifests import newest_valid, step_of
 from .stage import TrainJob, not_begun, row_order
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each worker: train the job's stage, write its outcome, return where it lies.
 
-    `config` holds the `TrainJob` as `job` and a reference to the table of rows as `rows`.
+    `config` holds the `TrainJob` as `job` and references to the tables of `rows` and `held_out` rows (or none).
     """
     import ray
     import torch
@@ -39,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     run, rank = RunDir(job.run_dir), get_context().get_world_rank()
     run.event("worker", role="train", stage=job.name, rank=rank, pid=os.getpid(), node=socket.gethostname())
     with tempfile.TemporaryDirectory(prefix="raylign-train-") as scratch:
-        made = _train(job, ray.get(config["rows"]), run, rank, Path(scratch))
+        made = _train(job, ray.get(config["rows"]), ray.get(config["held_out"]), run, rank, Path(scratch))
     run.span(f"train-{rank}", job.name, began, time.time())
     return made
 
@@ -58,7 +58,9 @@ def _quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _train(job: TrainJob, rows: "pa.Table", run: RunDir, rank: int, scratch: Path) -> dict[str, Any]:
+def _train(
+    job: TrainJob, rows: "pa.Table", held_out: "pa.Table | None", run: RunDir, rank: int, scratch: Path
+) -> dict[str, Any]:
     _quiet()
     checkpoint = _checkpoint(run, rank)
     at = step_of(checkpoint) if checkpoint else 0
@@ -78,7 +80,7 @@ def _train(job: TrainJob, rows: "pa.Table", run: RunDir, rank: int, scratch: Pat
     made: dict[str, Any] = {"base": str(job.base), "adapter": adapter, "step": step, "error": progress.error}
     made["stopped"] = step < job.steps and not progress.error
     if rank == 0 and step == job.steps and not progress.error:
-        made |= _write_outcome(job, trainer.model)
+        made |= _write_outcome(job, trainer.model, held_out)
     return made
 
 
@@ -116,18 +118,33 @@ def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
 def _model(job: TrainJob) -> Any:
     if job.init_random:
         return random_model(job.base, seed=job.seed)
+    if isinstance(job.stage, RewardModelStage):
+        return open_reward_model(job.base, job.stage.adapter, seed=job.seed)
     lora = None if isinstance(job.stage, CptStage) else job.stage.adapter
     return open_model(job.base, job.adapter, lora, seed=job.seed)
 
 
-def _write_outcome(job: TrainJob, model: Any) -> dict[str, str]:
-    """Save what the stage made: an adapter under its digest, or a model folder."""
+def _write_outcome(job: TrainJob, model: Any, held_out: "pa.Table | None") -> dict[str, Any]:
+    """Save what the stage made: an adapter under its digest, a model folder, or a reward model's with its measure."""
+    if isinstance(job.stage, RewardModelStage):
+        folder = save_reward_model(model, job.base, job.model_out)
+        return {"reward_model": str(folder), "metrics": _measured(folder, held_out)}
     tensors, config = export_weights(model)
     if not config:
         return {"base": str(save_model(model, job.base, job.model_out))}
     provenance = {"base_digest": base_digest(job.base), "stage": job.name, "steps": job.steps, "seed": job.seed}
     _, folder = save_adapter(job.run_dir / "adapters", tensors, config, provenance)
     return {"adapter": str(folder)}
+
+
+def _measured(folder: Path, held_out: "pa.Table | None") -> dict[str, float]:
+    from ray.train.torch import get_device
+
+    from .measure import measure
+
+    if held_out is None:
+        return {}
+    return {f"held_out/{name}": value for name, value in measure(folder, held_out, str(get_device())).items()}
 
 
 def _in_order(rows: "pa.Table", order: list[int]) -> "Dataset":

@@ -91,7 +91,8 @@ class Roles:
         if stage.critic:
             self._begin("critic", CriticActor, stage.critic.resources, (self._spec,), tick)
         for i in range(stage.scoring.workers):
-            given = (list(stage.rewards), Path("/"), stage.scoring.on_error)
+            device = "cuda" if stage.scoring.resources.gpus else "cpu"
+            given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
         for name, actor in self._actors.items():

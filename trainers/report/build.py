@@ -26,6 +26,7 @@ _SHOWN = (
     "eval_loss",
     "completion_length/mean",
     "rewards/accuracies",
+    "held_out/accuracy",
 )
 _EVENTS = 60
 """The last so many events are listed."""

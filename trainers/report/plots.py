@@ -46,7 +46,7 @@ PANELS = (
     Panel("gradient", "Gradient norm", ("grad_norm",), zero=True),
     Panel("clip", "Clipped tokens", ("clip_fraction",), "share", zero=True),
     Panel("critic", "Variance of returns that the critic explains", ("value/explained_variance",), "share"),
-    Panel("margins", "Chosen against rejected", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+    Panel("margins", "Chosen against rejected", ("rewards/chosen", "rewards/rejected", "rewards/margins", "margin")),
     Panel("preference", "Preference accuracy", ("rewards/accuracies",), zero=True),
     Panel("learning-rate", "Learning rate", ("learning_rate",), zero=True),
     Panel("throughput", "Throughput", ("tokens_per_second",), "tokens / s", zero=True),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from .algorithms import ALGORITHMS, Algorithm
 from .base import DataConfig, DataFormat, LoraConfig, StageBase
-from .offline import CptStage, DpoStage, SftStage, TrainStage
+from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
 from .online import (
     AdaptiveKl,
     Aggregation,
@@ -20,7 +20,7 @@ from .online import (
     Scale,
 )
 
-StageConfig = Annotated[CptStage | SftStage | DpoStage | OnlineStage, Field(discriminator="type")]
+StageConfig = Annotated[CptStage | SftStage | DpoStage | RewardModelStage | OnlineStage, Field(discriminator="type")]
 
 __all__ = [
     "ALGORITHMS",
@@ -39,6 +39,7 @@ __all__ = [
     "MismatchConfig",
     "OnlineStage",
     "Ratio",
+    "RewardModelStage",
     "Scale",
     "SftStage",
     "StageBase",

@@ -1,11 +1,11 @@
 """The stages that run on Ray Train. Imports neither ray nor torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ...cluster.config import Resources
-from .base import LoraConfig, StageBase
+from .base import DataConfig, LoraConfig, StageBase
 
 
 class TrainStage(StageBase):
@@ -60,3 +60,34 @@ class DpoStage(TrainStage):
     adapter: LoraConfig | None = None
     learning_rate: float = Field(default=5e-6, gt=0)
     beta: float = Field(default=0.1, gt=0)
+
+
+class RewardModelStage(TrainStage):
+    """A reward model on pairs: one number read off the last token, which later stages reward with by the stage's name.
+
+    It starts from the policy's weights and leaves the policy as it is. The loss is −log σ(chosen − rejected) (Bradley
+    and Terry 1952; InstructGPT 2203.02155), the learning rates are those of TRL: 1e-5 where all weights train, 1e-4
+    with an adapter.
+    """
+
+    type: Literal["reward_model"] = "reward_model"
+    adapter: LoraConfig | None = None
+    """Trained beside the new head, and merged at the end."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    held_out: DataConfig | None = None
+    """Pairs that are not trained on; how many the finished model orders right stands in the stage's metrics."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_learns_faster(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("adapter"):
+            return {"learning_rate": 1e-4, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _adapter_is_new(self) -> "RewardModelStage":
+        if self.adapter and self.adapter.path:
+            raise ValueError(
+                f"adapter.path {self.adapter.path!r}: a reward model's adapter is new, as its head is; leave path out"
+            )
+        return self
