@@ -17,9 +17,9 @@ from raylign.trainers.config import ModelConfig, RunConfig
 from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.data.prepare import prepare
 from raylign.trainers.data.template import encode_prompt, load_tokenizer
-from raylign.trainers.launch import open_run
 from raylign.trainers.model_state import ModelState, starting_model
 from raylign.trainers.offline.stage import run_offline_stage
+from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import finished, run_recipe
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import RewardModelStage
