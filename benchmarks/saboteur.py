@@ -16,7 +16,7 @@ from typing import Any
 _METHODS = {
     ("rollout", "generate"): ("_worker", "generate"),
     ("rollout", "publish"): ("_worker", "set_weights"),
-    ("reward", "score"): ("", "_score_sample"),
+    ("reward", "score"): ("", "_scored"),
     ("reference", "score"): ("_reference", "logprobs"),
     ("policy", "update"): ("_policy", "update"),
     ("policy", "publish"): ("_policy", "export"),
