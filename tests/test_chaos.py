@@ -1,11 +1,11 @@
-"""The kill matrix: the table is whole, and a handful of its cells end as the undisturbed run does."""
+"""A handful of the kill matrix's cells: the run ends as the undisturbed one does."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks import chaos
-from benchmarks.cells import Cell, all_cells, impossible
+from benchmarks.cells import Cell
 
 CELLS = [
     Cell("SIGKILL", "policy", "update"),
@@ -16,21 +16,10 @@ CELLS = [
 ]
 
 
-def test_the_table_has_every_cell_once_and_says_of_each_whether_it_can_happen() -> None:
-    cells = all_cells()
-    assert len(set(cells)) == 5 * 5 * 5
-    reasons = [impossible(cell) for cell in cells]
-    assert {reason: reasons.count(reason) for reason in sorted(set(reasons))} == {
-        "": 80,
-        "idle": 26,
-        "writes nothing": 19,
-    }
-
-
 def test_faults_of_every_kind_leave_the_result_as_it_is(
     ray_session: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[1])
     recipe = chaos.write_recipe(tmp_path / "made", tiny_model, chaos.steps_of(CELLS), ray_session, reference=False)
     chaos.suffer(recipe, tmp_path / "calm", [])
     told = chaos.suffer(recipe, tmp_path / "troubled", CELLS)
