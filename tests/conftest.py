@@ -1,11 +1,16 @@
 """Fixtures shared by all tests: tiny random models made on the spot, and one Ray session."""
 
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = str(Path(__file__).parents[1])
+if ROOT not in sys.path:
+    sys.path.append(ROOT)  # the benchmarks are no part of the wheel: they are found here, behind what is installed
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
