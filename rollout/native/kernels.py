@@ -4,8 +4,7 @@ Every loop computes one token by itself and in a fixed order, so its bits cannot
 is what makes batches exact. Numbers are float32; bfloat16 tensors come as their bits in uint16 (`as_array`) and are
 widened where they are read, rounded to nearest even where they are written.
 
-Shapes: T tokens, H heads, K key-value heads, D head dimensions, N blocks of the cache, B tokens a block, I inputs,
-O outputs, r rank.
+Shapes: T tokens, R rows, D dimensions, I inputs, O outputs, r rank.
 """
 
 from typing import Any
@@ -76,6 +75,8 @@ def exp_(x: Any) -> Any:
 
 @njit(inline="always", **FAST)
 def rotate(x: Any, cos: Any, sin: Any, weight: Any, eps: Any, out: Any) -> None:
+    """Turn one head `[D]` by its position's `cos` and `sin` `[D]` into `out`; a weight `[D]` norms it first, an empty
+    one does not."""
     half = x.shape[0] // 2
     factor = _ONE
     if weight.shape[0]:
