@@ -100,6 +100,8 @@ class Group:
     """Place in the step's batch; batches are put together in this order, never in order of arrival."""
     prompt: np.ndarray
     row: dict[str, Any]
+    answer: np.ndarray | None = None
+    """The data's own completion `[T]` int32, where a stage learns from it."""
     samples: tuple[Sample, ...] = ()
     version: int = 0
     digest: str = ""

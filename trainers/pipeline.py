@@ -71,7 +71,7 @@ def demands(stage: StageConfig) -> list[Demand]:
     if not isinstance(stage, OnlineStage):
         return [Demand("train worker", stage.workers, stage.resources.cpus, stage.resources.gpus)]
     roles = [("policy", 1, stage.policy), ("reward", stage.scoring.workers, stage.scoring.resources)]
-    roles += [("reference", 1, stage.reference)] if stage.kl else []
+    roles += [("reference", 1, stage.reference)] if stage.has_reference else []
     roles += [("critic", 1, stage.critic.resources)] if stage.critic else []
     roles += [("rollout", stage.rollout.workers.start, stage.rollout.resources)]
     return [Demand(role, count, r.cpus, r.gpus) for role, count, r in roles]

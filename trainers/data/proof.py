@@ -1,6 +1,7 @@
 """What a stage would train on, proven before any actor starts: counts, refusals, masks, and overlap with evaluation."""
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -74,7 +75,8 @@ class Proof:
 
 
 def prove_stage(stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer) -> Proof:
-    """Encode every row as the stage will train on it (`grpo`: the prompts, of which no token is supervised)."""
+    """Encode every row as the stage will train on it (online: the prompts, of which no token is
+    supervised, or with demonstrations their answers)."""
     stops = stop_tokens(tokenizer)
     encoded: list[EncodedRow] = []
     refusals: list[Refusal] = []
@@ -107,16 +109,34 @@ def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset
         case DpoStage() | RewardModelStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)
+        case OnlineStage() if stage.demonstrations:
+            return _encode_demonstration(stage, row, tokenizer, stops)
         case OnlineStage():
-            return _encode_rl_prompt(stage, row, tokenizer)
+            ids = encode_prompt(tokenizer, row["prompt"])
+            _check_prompt(stage, len(ids))
+            return Encoded(ids, [IGNORED] * len(ids), ())
 
 
-def _encode_rl_prompt(stage: OnlineStage, row: Row, tokenizer: Tokenizer) -> Encoded:
-    ids = encode_prompt(tokenizer, row["prompt"])
+def _encode_demonstration(stage: OnlineStage, row: Row, tokenizer: Tokenizer, stops: frozenset[int]) -> Encoded:
+    """A prompt and the answer to it, whose tokens are learned."""
+    messages = [*row["prompt"], *row["completion"]]
+    longest = stage.rollout.sampling.max_tokens
+    whole = encode_conversation(tokenizer, messages, sys.maxsize, stops=stops)
+    start, end = whole.spans[-1]
+    _check_prompt(stage, start)
+    if end - start > longest:
+        raise InputError(
+            f"an answer of {end - start} tokens, more than rollout.sampling.max_tokens {longest}: raise it or drop the "
+            "row"
+        )
+    ids = whole.input_ids[:end]
+    return Encoded(ids, [IGNORED] * start + ids[start:], ((start, end),))
+
+
+def _check_prompt(stage: OnlineStage, tokens: int) -> None:
     limit = stage.rollout.max_prompt_tokens
-    if len(ids) > limit:
-        raise InputError(f"{len(ids)} tokens, more than rollout.max_prompt_tokens {limit}: raise it or drop the row")
-    return Encoded(ids, [IGNORED] * len(ids), ())
+    if tokens > limit:
+        raise InputError(f"{tokens} tokens, more than rollout.max_prompt_tokens {limit}: raise it or drop the row")
 
 
 def _lengths(encoded: EncodedRow) -> tuple[int, int, int]:

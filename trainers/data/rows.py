@@ -4,6 +4,7 @@
     messages    {"messages": [message, …]}                          sft
     preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo, reward_model
     prompt      {"prompt": [message, …], **the file's other columns}       grpo, evaluation
+    demonstration   the same with "completion": [message]                  spin, from files of messages
 
 A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Imports neither ray nor torch.
 Every error is an `InputError` that names the file, the row (counted from 1) and the mend.
@@ -12,16 +13,17 @@ Every error is an `InputError` that names the file, the row (counted from 1) and
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ...cluster.errors import InputError
-from ..stages import ALGORITHMS, DataConfig, StageConfig
+from ..stages import DataConfig, OnlineStage, StageConfig
 
 Row = dict[str, Any]
 Message = dict[str, str]
-Kind = Literal["text", "messages", "preference", "prompt"]
+Kind = Literal["text", "messages", "preference", "prompt", "demonstration"]
 
 ROLES = {
     "system": "system",
@@ -44,7 +46,6 @@ _KIND_OF_STAGE: dict[str, Kind] = {
     "sft": "messages",
     "dpo": "preference",
     "reward_model": "preference",
-    **dict.fromkeys(ALGORITHMS, "prompt"),
 }
 _NEEDS = {
     "text": "a `text` column",
@@ -56,6 +57,8 @@ _NEEDS = {
 
 def kind_of_stage(stage: StageConfig) -> Kind:
     """The kind of rows a stage trains on."""
+    if isinstance(stage, OnlineStage):
+        return "demonstration" if stage.demonstrations else "prompt"
     return _KIND_OF_STAGE[stage.type]
 
 
@@ -73,11 +76,13 @@ def load_rows(config: DataConfig, path: Path, kind: Kind | None = None) -> list[
     if not rows:
         raise InputError(f"{path} has no rows: an empty data set trains nothing")
     rows = [_rename(row, config.columns, path, n) for n, row in enumerate(rows, 1)]
-    form = _detect(rows[0], path, kind) if config.format == "auto" else config.format
+    needed: Kind | None = "messages" if kind == "demonstration" else kind
+    form = _detect(rows[0], path, needed) if config.format == "auto" else config.format
     found = _KIND_OF_FORMAT[form]
-    if kind and found != kind:
-        raise InputError(f"{path} holds rows of format {form}, but this needs {_NEEDS[kind]}: map them with `columns:`")
-    convert = _CONVERT[form]
+    if needed and found != needed:
+        need = _NEEDS[needed]
+        raise InputError(f"{path} holds rows of format {form}, but this needs {need}: map them with `columns:`")
+    convert = partial(_demonstration, _CONVERT[form]) if kind == "demonstration" else _CONVERT[form]
     return [_convert_row(convert, row, config.system, path, n) for n, row in enumerate(rows, 1)]
 
 
@@ -258,6 +263,16 @@ def _turns(value: object, what: str, role: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [_message(value, what)] if isinstance(value, dict) else _messages(value, what)
+
+
+def _demonstration(convert: Callable[[Row], Row], row: Row) -> Row:
+    """A conversation as a prompt and the assistant's message that ends it."""
+    *prompt, last = convert(row)["messages"]
+    if last["role"] != "assistant":
+        raise _Bad(f"the conversation ends with a message of {last['role']}: there is no answer to learn")
+    if not prompt:
+        raise _Bad("the conversation is one message: there is no prompt that it answers")
+    return row | {"prompt": prompt, "completion": [last]}
 
 
 def _text(row: Row) -> Row:

@@ -1,8 +1,7 @@
 """Advantages: from the rewards of a step to what each token's log-prob is pushed by.
 
 Shapes: N groups, G completions a group, T token positions, the longest completion's. An advantage is a function of
-`Rewards` that gives `[N, G, 1]`, the same for all tokens of a completion, or `[N, G, T]`; NaN leaves a completion out
-of the update.
+`Rewards` that gives `[N, G, 1]`, the same for all tokens of a completion, or `[N, G, T]`.
 """
 
 from collections.abc import Callable
@@ -68,24 +67,6 @@ def returns(rewards: Rewards) -> np.ndarray:
     """
     to_come_NGT = rewards.kl_NGT[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
     return (rewards.task_NG[:, :, None] - rewards.kl_coefficient * to_come_NGT) * rewards.mask_NGT
-
-
-def preference(rewards: Rewards) -> np.ndarray:
-    """Online DPO (2402.04792, with the loss of 2305.18290) on the best and the worst of each group, `[N, G, 1]`.
-
-    With Δ the difference of their Σ log π − log π_ref, which `kl_NGT` holds as k1, the gradient of −log σ(β Δ) is that
-    of −β σ(−β Δ) (log π(best) − log π(worst)). So β σ(−β Δ) is the advantage of the one, its negative of the other;
-    twice that, since a mean over completions counts a pair twice. The rest of a group is left out. A group whose
-    rewards are all equal has no pair: its advantages are 0.
-    """
-    task_NG, beta = rewards.task_NG, rewards.kl_coefficient
-    rows, best_N, worst_N = np.arange(len(task_NG)), task_NG.argmax(axis=1), task_NG.argmin(axis=1)
-    ratio_NG = rewards.kl_NGT.sum(axis=2)
-    push_N = 2 * beta / (1 + np.exp(beta * (ratio_NG[rows, best_N] - ratio_NG[rows, worst_N])))
-    pushes_NG = np.full(task_NG.shape, np.nan)
-    pushes_NG[rows, best_N], pushes_NG[rows, worst_N] = push_N, -push_N
-    pushes_NG[best_N == worst_N] = 0.0
-    return pushes_NG[:, :, None]
 
 
 def gae(rewards: Rewards) -> np.ndarray:

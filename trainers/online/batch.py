@@ -11,7 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSample:
-    """One completion with what the loss needs of it: tokens int32, the rest `[T]` float32."""
+    """One completion with what the loss needs of it: tokens int32, the rest `[T]` float32.
+
+    `behaviour` is NaN where no engine drew the tokens: an answer of the data.
+    """
 
     prompt: np.ndarray
     tokens: np.ndarray
@@ -23,11 +26,18 @@ class TrainSample:
     values: np.ndarray | None = None
     """The critic's, before the step's first update; and what it is to learn."""
     returns: np.ndarray | None = None
+    rejected: "TrainSample | None" = None
+    """In a pair: the completion of the same prompt that this one is preferred to."""
 
     @property
     def length(self) -> int:
         """P + T."""
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def rows(self) -> tuple["TrainSample", ...]:
+        """What a forward takes of it: itself, and in a pair the rejected one."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

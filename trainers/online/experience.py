@@ -87,12 +87,14 @@ def _train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample
 def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> list[TrainSample]:
     """What the update trains on: the samples of groups without an error that teach anything.
 
-    A group whose advantages are all 0 is left out, and so are completions that the advantage leaves out, and those cut
-    at `max_tokens` where the stage masks them.
+    A group whose advantages are all 0 is left out, and so are completions cut at `max_tokens` where the stage masks
+    them. For the loss `preference` they are pairs.
     """
     sound = [g for g in groups if not g.error]
     if not sound:
         return []
+    if stage.loss == "preference":
+        return [pair for g in sound for pair in pairs(g, stage)]
     rewards = rewards_of(sound, stage, kl_coefficient)
     raw_NGt = getattr(advantages, stage.advantage)(rewards)
     pushes_NGT = np.broadcast_to(
@@ -110,8 +112,32 @@ def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: f
         for n, group in enumerate(sound)
         if pushes_NGT[n].any()
         for i, sample in enumerate(group.samples)
-        if not np.isnan(pushes_NGT[n, i]).any() and not (stage.mask_truncated and sample.finish_reason == "length")
+        if not (stage.mask_truncated and sample.finish_reason == "length")
     ]
+
+
+def pairs(group: Group, stage: OnlineStage) -> list[TrainSample]:
+    """The best completion of a group before its worst (online DPO 2402.04792), where their rewards differ.
+
+    With demonstrations the data's answer before each completion that is another (SPIN 2401.01335). Raises `ValueError`
+    where the group has none.
+    """
+    none, samples = np.zeros(0, np.float32), group.samples
+    usable = [i for i, s in enumerate(samples) if not (stage.mask_truncated and s.finish_reason == "length")]
+    if stage.demonstrations:
+        if group.answer is None:
+            raise ValueError(f"step {group.step} group {group.index} has no answer of the data to learn from")
+        unknown = np.full(len(group.answer), np.nan, np.float32)
+        answer = TrainSample(prompt=group.prompt, tokens=group.answer, behaviour=unknown, advantages=none)
+        others = [i for i in usable if not np.array_equal(samples[i].tokens, group.answer)]
+        return [replace(answer, rejected=_train_sample(group, i, none)) for i in others]
+    if not usable:
+        return []
+    worth = [samples[i].reward or 0.0 for i in usable]
+    best, worst = usable[int(np.argmax(worth))], usable[int(np.argmin(worth))]
+    if best == worst:
+        return []
+    return [replace(_train_sample(group, best, none), rejected=_train_sample(group, worst, none))]
 
 
 def rewards_of(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> Rewards:

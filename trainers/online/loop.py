@@ -40,10 +40,11 @@ from .roles import Roles
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A row of the data with its prompt's token ids `[P]`."""
+    """A row of the data with its prompt's token ids `[P]`, and those of its own answer `[T]` where it is learned."""
 
     ids: np.ndarray
     row: dict[str, Any]
+    answer: np.ndarray | None = None
 
 
 _HEADLINES = ("reward/mean", "kl", "entropy", "loss")
@@ -185,8 +186,8 @@ class OnlineLoop:
             first = self._ledger.extend(count)
             rows = rows_drawn(self._seed, len(self._prompts), self._progress.drawn + first, count)
             tasks = [
-                Group(step=step, index=first + i, prompt=self._prompts[row].ids, row=self._prompts[row].row)
-                for i, row in enumerate(rows)
+                Group(step=step, index=first + i, prompt=p.ids, row=p.row, answer=p.answer)
+                for i, p in enumerate(self._prompts[row] for row in rows)
             ]
             for _ in self._pool.generate(tasks, self._ledger, tick=self._tick):
                 self._tick()
@@ -204,7 +205,7 @@ class OnlineLoop:
 
     def _reference(self, groups: list[Group]) -> list[Group]:
         """The groups with the reference's log-probs of every sample, where there is a reference."""
-        if not self._stage.kl:
+        if not self._stage.has_reference:
             return groups
         with self._phase("reference", lane="reference"):
             logprobs = self._roles.reference_logprobs(every_sample(groups), tick=self._tick)

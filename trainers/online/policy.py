@@ -63,7 +63,7 @@ class Policy:
         """
         if not samples:
             return {"updated": 0.0}
-        if self._spec.stage.updates_per_step > 1:
+        if self._spec.stage.keeps_old:
             samples = self._with_old(samples)
         return self._learner.learn(samples, step, partial(self._backward, kl_coefficient=kl_coefficient))
 
@@ -73,21 +73,30 @@ class Policy:
 
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
-        old = logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._device)
-        return [replace(sample, old=row) for sample, row in zip(samples, old, strict=True)]
+        rows = [row for sample in samples for row in sample.rows]
+        old = iter(logprobs_of(self._model, rows, temperature, stage.micro_batch_tokens, self._device))
+
+        def noted(sample: TrainSample) -> TrainSample:
+            own = next(old)
+            return replace(sample, old=own, rejected=noted(sample.rejected) if sample.rejected else None)
+
+        return [noted(sample) for sample in samples]
 
     def _backward(self, samples: Sequence[TrainSample], *, kl_coefficient: float) -> dict[str, float]:
-        from .losses import LossSettings, Tokens, Totals, joined, policy_loss
+        from .losses import LossSettings, Tokens, Totals, joined, policy_loss, preference_loss
         from .scoring_model import align, completion_logprobs
 
         stage = self._spec.stage
         temperature, longest = stage.rollout.sampling.temperature, stage.rollout.sampling.max_tokens
-        settings = LossSettings.of(stage, kl_coefficient)
+        loss_of = partial(preference_loss, beta=stage.beta)
+        if stage.loss != "preference":
+            loss_of = partial(policy_loss, settings=LossSettings.of(stage, kl_coefficient))
         constant = stage.batch_size // stage.minibatches * longest
-        totals = Totals(sum(len(s.tokens) for s in samples), len(samples), constant)
+        totals = Totals(sum(len(row.tokens) for s in samples for row in s.rows), len(samples), constant)
         parts = []
-        for rows in micro_batches([s.length for s in samples], stage.micro_batch_tokens):
-            batch = align([samples[i] for i in rows], self._device)
+        lengths = [len(s.rows) * max(row.length for row in s.rows) for s in samples]
+        for chosen in micro_batches(lengths, stage.micro_batch_tokens):
+            batch = align([row for i in chosen for row in samples[i].rows], self._device)
             logprobs_BK, entropy_BK = completion_logprobs(
                 self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
             )
@@ -98,10 +107,10 @@ class Policy:
                 behaviour_BT=batch.behaviour_BK,
                 advantages_BT=batch.advantages_BK,
                 mask_BT=batch.mask_BK,
-                reference_BT=batch.reference_BK,
+                reference_BT=batch.old_BK if stage.demonstrations else batch.reference_BK,
                 entropy_BT=entropy_BK,
             )
-            loss, metrics = policy_loss(tokens, totals, settings)
+            loss, metrics = loss_of(tokens, totals)
             loss.backward()
             parts.append(metrics)
         return joined(parts)

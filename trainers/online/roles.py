@@ -86,7 +86,7 @@ class Roles:
 
         stage = self._stage
         new = self._begin("policy-0", PolicyActor, stage.policy, (self._spec,), tick)
-        if stage.kl:
+        if stage.has_reference:
             self._begin("reference", ReferenceActor, stage.reference, (self._spec,), tick, **_STATELESS)
         if stage.critic:
             self._begin("critic", CriticActor, stage.critic.resources, (self._spec,), tick)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 
@@ -91,7 +92,15 @@ def run_online_stage(
 def _prompts(given: StageInput) -> list[Prompt]:
     """The proven prompts with their rows; their tokens are those of the proof."""
     proven = zip(given.proof.require(), given.rows, strict=True)
-    return [Prompt(ids=np.array(e.input_ids, np.int32), row=row) for e, row in proven if isinstance(e, Encoded)]
+    return [_prompt(e, row) for e, row in proven if isinstance(e, Encoded)]
+
+
+def _prompt(encoded: Encoded, row: dict[str, Any]) -> Prompt:
+    ids = np.array(encoded.input_ids, np.int32)
+    if not encoded.spans:
+        return Prompt(ids=ids, row=row)
+    ((start, end),) = encoded.spans
+    return Prompt(ids=ids[:start], row=row, answer=ids[start:end])
 
 
 def _keep(loop: OnlineLoop, model: ModelState, run: RunDir, index: int, stage: OnlineStage, digest: str) -> ModelState:

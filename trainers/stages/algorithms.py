@@ -1,7 +1,8 @@
 """The registry of online algorithms: what each stage type presets, and where it comes from.
 
 An algorithm is an advantage (a function of `trainers/online/advantages.py`), a loss (a function of
-`trainers/online/objectives.py`), and the defaults of an `OnlineStage` that its paper chose. A recipe may override each.
+`trainers/online/objectives.py`) or `preference`, which learns from pairs and needs no advantage, and the defaults of an
+`OnlineStage` that its paper chose. A recipe may override each.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ class Algorithm(NamedTuple):
 
 _PPO_CLIP = {"clip.high": 0.2, "clip.dual": None}
 _KL_IN_REWARD = {"kl.place": "reward", "kl.estimator": "k1"}
+_PAIRS = {"advantage_scale": "none", "aggregation": "sequence", "mismatch": None}
 
 ALGORITHMS: dict[str, Algorithm] = {
     # 2402.03300, with the defaults that later work settled on
@@ -61,20 +63,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     # 1707.06347, for language models 2203.02155
     "ppo": Algorithm("gae", "clipped", {"advantage_scale": "tokens", "critic": {}, **_PPO_CLIP, **_KL_IN_REWARD}),
-    # 2402.04792: the KL's coefficient is DPO's beta
-    "online_dpo": Algorithm(
-        "preference",
-        "clipped",
-        {
-            "advantage_scale": "none",
-            "ratio": "product",
-            "aggregation": "sequence",
-            "mismatch": None,
-            "kl": {},
-            "kl.coefficient": 0.1,
-            **_KL_IN_REWARD,
-        },
-    ),
+    # 2402.04792
+    "online_dpo": Algorithm("none", "preference", _PAIRS),
+    # 2401.01335: a step is an iteration, its opponent the policy as the step began
+    "spin": Algorithm("none", "preference", {"demonstrations": True, "epochs": 2, "minibatches": 4, **_PAIRS}),
 }
 
 if TYPE_CHECKING:

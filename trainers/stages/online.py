@@ -135,13 +135,12 @@ class OnlineStage(StageBase):
     scoring: ScoringConfig = ScoringConfig()
     advantage: AdvantageName = "group_mean"
     """Reward − its group's mean, reward − the mean of the others of its group (RLOO), the returns of each token as they
-    are (REINFORCE++), what a critic did not expect (PPO's GAE), or what DPO's loss makes of the best and the worst of
-    the group."""
+    are (REINFORCE++), what a critic did not expect (PPO's GAE), or none where the loss is of pairs."""
     advantage_scale: Scale = "batch"
     """What divides it: nothing (Dr.GRPO), the batch's std (LitePPO), the group's (GRPO); `tokens` takes off the mean
     over all tokens of the batch and divides by their std (REINFORCE++)."""
     loss: LossName = "clipped"
-    """The policy objective: PPO's clipped surrogate, or CISPO (2506.13585)."""
+    """The policy objective: PPO's clipped surrogate, CISPO (2506.13585), or DPO's of pairs (`preference`)."""
     ratio: Ratio = "token"
     """The probability ratio that is clipped: each token's, the geometric mean over the completion (GSPO), or the
     whole completion's (RLOO)."""
@@ -154,6 +153,11 @@ class OnlineStage(StageBase):
     """Correction for the engine's arithmetic; none switches it off. The mismatch is logged in any case."""
     entropy_bonus: float = Field(default=0.0, ge=0)
     """Coefficient of the mean entropy that is taken off the loss."""
+    beta: float = Field(default=0.1, gt=0)
+    """Of the loss `preference`: what a nat of log-ratio to the reference is worth."""
+    demonstrations: bool = False
+    """Pairs are the data's own answer before each completion (SPIN), instead of a group's best before its worst. Their
+    reference is the policy as the step began, which made the completions; rewards are watched only."""
     mask_truncated: bool = False
     """Leave completions that were cut at `max_tokens` out of the update; their rewards count in their groups' means."""
     dynamic_sampling: DynamicSampling | None = None
@@ -215,20 +219,22 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
-    def _preference_has_a_reference(self) -> "OnlineStage":
-        if self.advantage != "preference":
+    def _preference_is_of_pairs(self) -> "OnlineStage":
+        if (self.loss == "preference") != (self.advantage == "none"):
+            raise ValueError(
+                f"loss {self.loss} with advantage {self.advantage}: the loss of pairs takes none, and every other one "
+                "an advantage"
+            )
+        if self.demonstrations and self.loss != "preference":
+            raise ValueError(f"demonstrations: loss {self.loss} does not compare with answers of the data")
+        if self.demonstrations and self.dynamic_sampling:
+            raise ValueError("dynamic_sampling: pairs with demonstrations need no spread of rewards; leave it out")
+        if self.loss != "preference":
             return self
-        if self.kl is None or (self.kl.place, self.kl.estimator) != ("reward", "k1"):
-            given = f"{self.kl.estimator} in the {self.kl.place}" if self.kl else "null"
-            raise ValueError(
-                f"kl {given}: advantage preference compares log-ratios to the reference, with the coefficient as DPO's "
-                "beta; take kl: {place: reward, estimator: k1}"
-            )
-        if self.advantage_scale != "none":
-            raise ValueError(
-                f"advantage_scale {self.advantage_scale}: DPO's gradient is not scaled by what others of the batch "
-                "have; take none"
-            )
+        for name in ("kl", "mismatch", "entropy_bonus"):
+            if value := getattr(self, name):
+                shown = value if isinstance(value, float) else "a block"
+                raise ValueError(f"{name} {shown}: the loss of pairs has no such term; leave it out (beta holds it)")
         return self
 
     @model_validator(mode="after")
@@ -237,11 +243,6 @@ class OnlineStage(StageBase):
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into minibatches of equal size: minibatches is "
                 f"{self.minibatches}; take a multiple of {self.minibatches}"
-            )
-        if self.advantage == "preference" and self.updates_per_step > 1:
-            raise ValueError(
-                f"epochs {self.epochs} and minibatches {self.minibatches}: DPO's gradient is known before a step's "
-                "first update alone; take 1 and 1"
             )
         return self
 
@@ -254,6 +255,16 @@ class OnlineStage(StageBase):
                 f"{longest}; take less, such as {max(1, longest // 5)}"
             )
         return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a reference role; the one of demonstrations is the policy itself."""
+        return self.kl is not None or (self.loss == "preference" and not self.demonstrations)
+
+    @property
+    def keeps_old(self) -> bool:
+        """Whether an update needs the log-probs that the policy gave before the step's first."""
+        return self.updates_per_step > 1 or self.demonstrations
 
     @property
     def prompts_per_step(self) -> int:

@@ -7,7 +7,7 @@ from raylign.cluster.errors import InputError
 from raylign.trainers.data.proof import overlap, prove_stage, refuse_overlap, render_mask
 from raylign.trainers.data.rows import kind_of_stage, load_rows
 from raylign.trainers.data.template import Tokenizer, load_tokenizer
-from raylign.trainers.stages import CptStage, DataConfig, DpoStage, SftStage, StageConfig
+from raylign.trainers.stages import CptStage, DataConfig, DpoStage, OnlineStage, SftStage, StageConfig
 
 DATA = DataConfig(path="rows.jsonl")
 
@@ -29,6 +29,20 @@ def test_counts_are_those_of_the_rows(tokenizer: Tokenizer) -> None:
     proof = prove_stage(SftStage(data=DATA, max_length=64), [turn("hi", "yo"), turn("hi", "hello")], tokenizer)
     assert (proof.rows, proof.tokens, proof.supervised, proof.longest) == (2, 25 + 28, 3 + 6, 28)
     assert len(proof.require()) == 2
+
+
+def test_of_a_demonstration_the_last_answer_is_learned_and_bounds_are_the_rollouts(tokenizer: Tokenizer) -> None:
+    fields = {"type": "spin", "data": DATA, "rewards": [{"type": "format", "pattern": "x"}]}
+    bounds = {"max_prompt_tokens": 64, "sampling": {"max_tokens": 4}}
+    stage = OnlineStage.model_validate({**fields, "rollout": bounds})
+    asked = [*turn("hi", "yo")["messages"], {"role": "user", "content": "so"}]
+    rows = [{"prompt": asked, "completion": [{"role": "assistant", "content": text}]} for text in ("abc", "abcd")]
+    proof = prove_stage(stage, rows, tokenizer)
+    text = render_mask(proof.encoded[0], tokenizer)
+    bold = "".join(text.plain[s.start : s.end] for s in text.spans if "bold" in str(s.style))
+    assert bold == "abc<|im_end|>"
+    assert (proof.supervised, len(proof.encoded)) == (4, 1)
+    assert proof.refusals[0].reason.startswith("an answer of 5 tokens, more than rollout.sampling.max_tokens 4: raise")
 
 
 def test_refusals_name_their_rows(tokenizer: Tokenizer) -> None:

@@ -48,6 +48,21 @@ def test_conversations_of_every_form_are_the_same_messages(tmp_path: Path, row: 
     assert read(write(tmp_path, [row], name), "messages") == [{"messages": [USER, ASSISTANT]}]
 
 
+@pytest.mark.parametrize("row", CONVERSATIONS)
+def test_conversations_are_demonstrations_with_their_other_columns(tmp_path: Path, row: dict[str, Any]) -> None:
+    (got,) = read(write(tmp_path, [row | {"level": 3}]), "demonstration")
+    assert (got["prompt"], got["completion"], got["level"]) == ([USER], [ASSISTANT], 3)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [([USER], "ends with a message of user: there is no answer"), ([ASSISTANT], "is one message: there is no prompt")],
+)
+def test_what_demonstrates_nothing_is_refused(tmp_path: Path, messages: list[Any], reason: str) -> None:
+    with pytest.raises(InputError, match=f"row 1: the conversation {reason}"):
+        read(write(tmp_path, [{"messages": messages}]), "demonstration")
+
+
 @pytest.mark.parametrize("row", PAIRS)
 def test_pairs_of_every_form_are_the_same_rows(tmp_path: Path, row: dict[str, Any]) -> None:
     expected = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]}

@@ -1,6 +1,5 @@
 """Advantages by hand, against the peers' formulas, and their invariances."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from raylign.trainers.online.advantages import (
     gae,
     group_mean,
     leave_one_out,
-    preference,
     returns,
     scaled,
 )
@@ -78,16 +76,6 @@ def test_a_completions_kl_counts_as_its_sum_where_the_group_is_the_baseline() ->
     totals = given.task_NG - 0.2 * given.kl_NGT.sum(axis=2)  # as TRL's RLOO has it
     for advantage in (group_mean, leave_one_out):
         assert np.allclose(advantage(given)[:, :, 0], of(advantage, totals, "none"))
-
-
-def test_preference_by_hand() -> None:
-    # log-ratios 1 + 2 of the best, 0.5 of the worst: 2 β σ(−β · 2.5)
-    kl = np.array([[[1.0, 2.0], [0.5, 0.0], [9.0, 9.0]], [[1.0, 0.0]] * 3])
-    got = preference(Rewards(np.array([[4.0, 1.0, 2.0], [1.0] * 3]), kl, np.ones_like(kl), 0.1))[:, :, 0]
-    push = 0.2 / (1 + math.exp(0.25))
-    assert got[0, :2].tolist() == pytest.approx([push, -push])
-    assert np.isnan(got[0, 2])
-    assert got[1].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("baseline", [False, True])

@@ -35,13 +35,16 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"kl": REWARD_KL},
     "reinforce_pp_baseline": {"kl": "{coefficient: 0.05}"},
     "ppo": {"kl": REWARD_KL, "epochs": 2, "minibatches": 2, "critic": "{learning_rate: 1e-2}"},
-    "online_dpo": {"kl": "{coefficient: 0.05}"},
+    "online_dpo": {"epochs": 2, "minibatches": 2},
+    "spin": {"data": "{path: answers.jsonl}"},
 }
 """What an algorithm runs with here besides its presets, so that every option is in one of the runs."""
 
 
-NO_BASELINE = ("rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo")
+NO_BASELINE = ("rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo", "spin")
 """Those that learn from groups without variance too: their KL varies, or no mean of the group is taken off."""
+
+OF_PAIRS = ("online_dpo", "spin")
 
 
 class InProcess:
@@ -91,6 +94,10 @@ Train = Callable[..., RunDir]
 def train(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], RolloutPool], tmp_path: Path) -> Train:
     """Trains an algorithm, as `run_online_stage` does; `act(run, done)` happens after each step."""
 
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(f'{{"prompt": "word {n}", "completion": "{n} eels"}}\n' for n in range(10))
+    )
+
     def run_it(
         name: str, algorithm: str, act: Callable[[RunDir, int], None] = lambda *_: None, workers: int = 1, **fields: Any
     ) -> RunDir:
@@ -139,8 +146,9 @@ def test_it_trains(algorithm: str, train: Train) -> None:
     for told in (first, second):
         assert told["grad_norm"] > 0
         assert told["entropy"] > 0
-        taught = (4 - told["groups/no_variance"]) * (2 if algorithm == "online_dpo" else 8)
+        taught = (4 - told["groups/no_variance"]) * (1 if algorithm == "online_dpo" else 8)
         assert told["samples/trained"] == taught or (told["samples/trained"] == 32 and algorithm in NO_BASELINE)
+        assert ("preference/accuracy" in told) == (algorithm in OF_PAIRS)
         assert told["mismatch/max"] < 1e-3
         assert 0 <= told["mismatch/kl"] < 1e-6
         assert told["mismatch/masked"] == 0

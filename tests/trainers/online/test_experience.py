@@ -76,14 +76,26 @@ def test_a_kl_in_the_reward_is_taken_off_every_token() -> None:
     assert in_loss.total_NG.tolist() == [[1, 3]]
 
 
-def test_online_dpo_trains_on_the_best_and_the_worst() -> None:
-    given = [group([1.0, 3.0, 0.0, 2.0], [1, 2, 4, 1]), group([1.0] * 4)]
-    samples = train_samples(given, stage(type="online_dpo"), 0.1)
-    assert [len(s.tokens) for s in samples] == [2, 4]
-    # log-ratios 2 · 0.5 and 4 · 0.5: 2 β σ(−β (1 − 2)), β = 0.1
-    push = 0.2 / (1 + np.exp(-0.1))
-    assert np.allclose(samples[0].advantages, push)
-    assert np.allclose(samples[1].advantages, -push)
+def test_online_dpo_pairs_the_best_with_the_worst() -> None:
+    given = [group([1.0, 3.0, 0.0, 2.0], [1, 2, 4, 1]), group([1.0] * 4), group([0.0, 5.0, 2.0], [1, 10, 3])]
+    told = [(len(p.tokens), len(p.rejected.tokens)) for p in train_samples(given, stage(type="online_dpo"), 0.0)]
+    assert told == [(2, 4), (10, 1)]
+    masked = train_samples(given, stage(type="online_dpo", mask_truncated=True), 0.0)
+    assert [(len(p.tokens), len(p.rejected.tokens)) for p in masked] == [(2, 4), (3, 1)]
+    assert masked[0].reference.tolist() == [-1.5, -1.5]
+
+
+def test_spin_prefers_the_datas_answer_to_every_completion_that_is_another() -> None:
+    answer = np.array([7, 7, 2], np.int32)
+    same = replace(group([0.0]).samples[0], tokens=answer)
+    given = group([1.0, 1.0], [1, 4], answer=answer)
+    given = replace(given, samples=(*given.samples, same))
+    told = train_samples([given], stage(type="spin"), 0.0)
+    assert [p.tokens.tolist() for p in told] == [[7, 7, 2]] * 2
+    assert [len(p.rejected.tokens) for p in told] == [1, 4]
+    assert all(np.isnan(p.behaviour).all() for p in told)  # no engine drew it
+    with pytest.raises(ValueError, match="step 0 group 0 has no answer of the data"):
+        train_samples([group([1.0])], stage(type="spin"), 0.0)
 
 
 def test_reinforce_pp_gives_each_token_its_return() -> None:

@@ -4,12 +4,10 @@ from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from raylign.trainers.online import objectives
-from raylign.trainers.online.advantages import Rewards, preference
-from raylign.trainers.online.losses import LossSettings, Tokens, policy_loss
+from raylign.trainers.online.losses import LossSettings, Tokens, policy_loss, preference_loss
 from raylign.trainers.online.mismatch import mismatch_weights
 from raylign.trainers.stages import ClipConfig, MismatchConfig
 
@@ -140,19 +138,15 @@ def test_loss_and_gradient_are_those_of_trls_rloo_trainer(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_online_dpos_gradient_is_that_of_trls_loss(seed: int) -> None:
-    """OnlineDPOTrainer.training_step, `sigmoid`, on pairs of the best and the worst; on policy, as the loop is."""
+def test_loss_and_gradient_of_pairs_are_those_of_trls_dpo_trainer(seed: int) -> None:
+    """DPOTrainer and OnlineDPOTrainer, `sigmoid`: rows 0 and 2 are preferred to rows 1 and 3, off policy."""
     t, beta = tokens(seed), 0.3
-    t = t._replace(old_BT=t.logprobs_BT.detach(), behaviour_BT=t.logprobs_BT.detach())
-    chosen, rejected = torch.tensor([1, 2]), torch.tensor([0, 3])
-    sums = (t.logprobs_BT * t.mask_BT).sum(1) - (t.reference_BT * t.mask_BT).sum(1)
-    theirs = -torch.nn.functional.logsigmoid(beta * (sums[chosen] - sums[rejected])).mean()
-    (expected,) = torch.autograd.grad(theirs, [t.logprobs_BT])
-
-    ratios = ((t.behaviour_BT - t.reference_BT) * t.mask_BT).reshape(2, 2, -1)
-    rewards = Rewards(np.array([[0.0, 1.0], [1.0, 0.0]]), ratios.numpy(), np.ones(ratios.shape), beta)
-    pushes = torch.tensor(preference(rewards)).reshape(4, 1).expand_as(t.mask_BT)
-    settings = LossSettings(ratio="product", aggregation="sequence", mismatch=None)
-    _, gradient = loss_and_gradient(t, policy_loss(t._replace(advantages_BT=pushes), totals(), settings)[0])
-    assert torch.allclose(gradient, expected, atol=1e-6)
-    assert gradient.abs().max() > 1e-3
+    assert t.reference_BT is not None
+    ratios = (t.logprobs_BT * t.mask_BT).sum(1) - (t.reference_BT * t.mask_BT).sum(1)
+    theirs = loss_and_gradient(t, -torch.nn.functional.logsigmoid(beta * (ratios[0::2] - ratios[1::2])).mean())
+    loss, metrics = preference_loss(t, totals()._replace(sequences=2), beta)
+    ours = loss_and_gradient(t, loss)
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-9)
+    assert torch.allclose(ours[1], theirs[1], atol=1e-9)
+    assert ours[1].abs().max() > 1e-3
+    assert metrics["preference/accuracy"] == ((ratios[0::2] > ratios[1::2]) * 1.0).mean().item()

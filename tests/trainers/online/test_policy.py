@@ -1,6 +1,7 @@
 """The policy without Ray, on a tiny model: log-probs against a plain forward, gradients, and going on from a save."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,7 +105,23 @@ def test_samples_with_and_without_a_reference_do_not_mix(samples: list[TrainSamp
         align([*samples, bare], "cpu")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["online_dpo", "spin"])
+def test_updates_on_pairs_do_not_depend_on_micro_batches_and_order(
+    algorithm: str, policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    first, second, third, fourth = samples
+    unknown = np.full(len(second.tokens), np.nan, np.float32)
+    pairs = [replace(first, rejected=third), replace(second, behaviour=unknown, rejected=fourth)]
+    told = []
+    for tokens, order in ((1, 1), (24, -1), (10_000, 1)):
+        made = policy(type=algorithm, kl=None, micro_batch_tokens=tokens, epochs=2, minibatches=1)
+        told.append(made.update(pairs[::order], 0, 0.0))
+    for name in ("loss", "grad_norm", "preference/margin", "mismatch/mean"):
+        assert [metrics[name] for metrics in told] == pytest.approx([told[0][name]] * 3, rel=1e-4)
+    assert told[0]["loss"] < 0.6931 or algorithm != "spin"  # log 2 before the first update, less after it
+
+
+@pytest.mark.parametrize("algorithm", [name for name, made in ALGORITHMS.items() if made.loss != "preference"])
 def test_an_update_does_not_depend_on_micro_batches_and_order(
     algorithm: str, policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:

@@ -21,6 +21,8 @@ def stage(**fields: Any) -> OnlineStage:
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_names_functions_that_exist(name: str) -> None:
     made = stage(type=name)
+    if made.loss == "preference":  # of pairs, without an advantage
+        return
     assert list(inspect.signature(getattr(advantages, made.advantage)).parameters) == ["rewards"]
     assert len(inspect.signature(getattr(objectives, made.loss)).parameters) == 4
 
@@ -37,7 +39,8 @@ def test_every_algorithm_names_functions_that_exist(name: str) -> None:
         ("reinforce_pp", "returns", "tokens", "token", "token", (0.2, 0.2, None)),
         ("reinforce_pp_baseline", "group_mean", "tokens", "token", "token", (0.2, 0.2, None)),
         ("ppo", "gae", "tokens", "token", "token", (0.2, 0.2, None)),
-        ("online_dpo", "preference", "none", "product", "sequence", (0.2, 0.28, 3.0)),
+        ("online_dpo", "none", "none", "token", "sequence", (0.2, 0.28, 3.0)),
+        ("spin", "none", "none", "token", "sequence", (0.2, 0.28, 3.0)),
     ],
 )
 def test_presets(
@@ -51,8 +54,10 @@ def test_presets(
         aggregation,
     )
     assert (made.clip.low, made.clip.high, made.clip.dual) == clip
-    assert made.loss == ("cispo" if name == "cispo" else "clipped")
-    assert bool(made.kl) == (name == "online_dpo")  # else off unless the recipe has it
+    assert made.loss == {"cispo": "cispo", "online_dpo": "preference", "spin": "preference"}.get(name, "clipped")
+    assert made.kl is None  # off unless the recipe has it
+    assert made.has_reference == (name == "online_dpo")
+    assert (made.demonstrations, made.keeps_old) == (name == "spin", name == "spin")
     assert bool(made.critic) == (name == "ppo")
     assert bool(made.dynamic_sampling) == bool(made.overlong) == (name == "dapo")
 
@@ -63,8 +68,6 @@ def test_a_preset_reaches_into_a_block_that_the_recipe_opens() -> None:
     assert stage(type="grpo", kl={}).kl.place == "loss"
     assert (stage(type="ppo", kl={}).kl.place, stage(type="ppo", kl={}).kl.estimator) == ("reward", "k1")
     assert stage(type="ppo", critic={"lam": 1.0}).critic.lam == 1.0
-    assert stage(type="online_dpo").kl.coefficient == 0.1
-    assert stage(type="online_dpo", kl={"coefficient": 0.3}).kl.place == "reward"
     assert stage(type="reinforce_pp_baseline", kl={"coefficient": 0.1}).kl.estimator == "k2"
 
 
@@ -89,16 +92,18 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"mismatch": {"high": 0.5}}, "bounds None to 0.5 leave out the ratio 1"),
         ({"mismatch": {"low": 1.5, "high": 3}}, "bounds 1.5 to 3 leave out the ratio 1"),
         ({"dynamic_sampling": {"limit": 1}}, "greater than or equal to 2"),
-        ({"type": "online_dpo", "kl": None}, "kl null: advantage preference compares log-ratios to the reference"),
-        ({"type": "online_dpo", "kl": {"estimator": "k3"}}, "kl k3 in the reward: advantage preference compares"),
-        ({"type": "online_dpo", "advantage_scale": "group"}, "DPO's gradient is not scaled by what others of the"),
+        ({"type": "online_dpo", "kl": {}}, "kl a block: the loss of pairs has no such term; leave it out"),
+        ({"type": "spin", "entropy_bonus": 0.1}, "entropy_bonus 0.1: the loss of pairs has no such term"),
+        ({"loss": "preference"}, "loss preference with advantage group_mean: the loss of pairs takes none"),
+        ({"type": "spin", "loss": "clipped"}, "loss clipped with advantage none: the loss of pairs takes none"),
+        ({"demonstrations": True}, "demonstrations: loss clipped does not compare with answers of the data"),
+        ({"type": "spin", "dynamic_sampling": {}}, "dynamic_sampling: pairs with demonstrations need no spread of"),
         ({"type": "ppo", "advantage_scale": "batch"}, "advantage gae takes none off: take tokens or none"),
         ({"type": "ppo", "critic": None}, "critic null: advantage gae is made of a critic's values; give critic: {}"),
         ({"critic": {}}, "critic: advantage group_mean asks no values, so a critic would learn for nothing; leave it"),
         ({"type": "ppo", "advantage": "returns"}, "critic: advantage returns asks no values"),
         ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
-        ({"type": "online_dpo", "epochs": 2}, "epochs 2 and minibatches 1: DPO's gradient is known before a step's"),
-        ({"loss": "ppo"}, "'clipped' or 'cispo'"),
+        ({"loss": "ppo"}, "'clipped', 'cispo' or 'preference'"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
