@@ -85,11 +85,10 @@ _TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path) -> Path:
-    """Write a random model of two layers with a byte-level tokenizer and a chat template, which a run can train."""
-    import torch
+def save_tokenizer(folder: Path) -> int:
+    """Write a byte-level tokenizer (any text, no merges) with a ChatML template; returns its vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokens = ["<pad>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
@@ -103,9 +102,18 @@ def tiny_model(folder: Path) -> Path:
     )
     fast.chat_template = _TEMPLATE
     fast.save_pretrained(folder)
+    return len(tokens)
+
+
+def tiny_model(folder: Path) -> Path:
+    """Write a random model of two layers with a byte-level tokenizer and a chat template, which a run can train."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = save_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokens),
+        vocab_size=size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

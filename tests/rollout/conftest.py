@@ -11,7 +11,8 @@ import torch
 from raylign.rollout.engine import Engine
 from raylign.rollout.engines import ENGINES
 
-from ..conftest import save_tokenizer
+from benchmarks.models import save_tokenizer
+
 from .models import make_adapter, save_model
 from .reference import Reference
 

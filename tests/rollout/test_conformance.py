@@ -16,7 +16,8 @@ from raylign.rollout.engine import Engine, RequestsFailed, generate
 from raylign.rollout.engines import ENGINES
 from raylign.rollout.records import Sampling
 
-from ..conftest import save_tokenizer
+from benchmarks.models import save_tokenizer
+
 from .conftest import SLOTS, TRAITS, WIDE, Model, Shop
 from .models import save_model
 from .reference import Reference, check_top, chi_squared_excess

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from raylign.rollout.records import GenerationRequest, Sampling, SeedKey
 
-from ...conftest import save_tokenizer
+from benchmarks.models import save_tokenizer
+
 from ..models import make_adapter, save_model
 
 Ask = Callable[..., GenerationRequest]
