@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...cluster.process_group import Seat
 from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
 from ..stages import OnlineStage
-from .batch import TrainSample, micro_batches
+from .batch import TrainSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +28,33 @@ class PolicySpec:
 
 
 class Policy:
-    """The model that learns. One rank; CPU or GPU.
+    """The model that learns: one rank of it, CPU or GPU. What its methods do, all ranks do together.
 
     It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
     sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
     """
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         import torch
-        from torch import nn
 
         from ..adapters import Exporter, open_model
         from .learner import Learner
+        from .ranks import Ranks
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = device_of(spec.stage.policy.gpus)
+        self._ranks = Ranks(device_of(spec.stage.policy.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model: nn.Module = nn.Module.to(model, self._device).eval()
-        self._exporter = Exporter(self._model)
-        self._learner = Learner(
-            "policy",
-            dict(self._model.named_parameters()),
-            spec.stage,
-            spec.seed,
-            peak=spec.stage.learning_rate,
-            device=self._device,
-        )
+        self._exporter = Exporter(model)
+        self._model = self._ranks.spread(model).eval()
+        self._parameters = dict(self._model.named_parameters())
+        rate = spec.stage.learning_rate
+        self._learner = Learner("policy", self._parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this rank that publishes."""
+        return self._ranks.leads
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
         """The updates of a step. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
@@ -73,7 +74,7 @@ class Policy:
 
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
-        old = logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._device)
+        old = logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
         return [replace(sample, old=row) for sample, row in zip(samples, old, strict=True)]
 
     def _backward(self, samples: Sequence[TrainSample], *, kl_coefficient: float) -> dict[str, float]:
@@ -86,8 +87,8 @@ class Policy:
         constant = stage.batch_size // stage.minibatches * longest
         totals = Totals(sum(len(s.tokens) for s in samples), len(samples), constant)
         parts = []
-        for rows in micro_batches([s.length for s in samples], stage.micro_batch_tokens):
-            batch = align([samples[i] for i in rows], self._device)
+        for rows, counts in self._ranks.batches([s.length for s in samples], stage.micro_batch_tokens):
+            batch = align([samples[i] for i in rows], self._ranks.device, counts=counts)
             logprobs_BK, entropy_BK = completion_logprobs(
                 self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
             )
@@ -104,14 +105,16 @@ class Policy:
             loss, metrics = policy_loss(tokens, totals, settings)
             loss.backward()
             parts.append(metrics)
-        return joined(parts)
+        return joined(self._ranks.gathered(joined(parts)))
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
-        """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`.
+        """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`; no tensors but on rank 0.
 
-        On a CPU the tensors are views of the weights, good until the next update.
+        On a CPU and with one rank the tensors are views of the weights, good until the next update.
         """
-        return self._exporter.tensors(), self._exporter.config
+        from ..adapters import arrays
+
+        return arrays(self._ranks.led(self._exporter.named(self._parameters))), self._exporter.config
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
@@ -127,24 +130,23 @@ class Reference:
 
     def __init__(self, spec: PolicySpec) -> None:
         import torch
-        from torch import nn
 
         from ..adapters import open_model
+        from .ranks import Ranks
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = device_of(spec.stage.reference.gpus)
+        self._ranks = Ranks(device_of(spec.stage.reference.gpus))
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model: nn.Module = nn.Module.to(model, self._device).eval()
+        self._model = self._ranks.spread(model).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""
         from .scoring_model import logprobs_of
 
         stage = self._spec.stage
-        return logprobs_of(
-            self._model, samples, stage.rollout.sampling.temperature, stage.micro_batch_tokens, self._device
-        )
+        temperature = stage.rollout.sampling.temperature
+        return logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
 
 
 def device_of(gpus: float) -> str:
