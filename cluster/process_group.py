@@ -29,11 +29,11 @@ class Seat:
 
 def open_store(host: str) -> Any:
     """A store of torch's that listens on a free port of this address; members meet there while it lives."""
-    from torch.distributed import TCPStore
-
     with socket.create_server((host, 0)) as listener:
         port = listener.getsockname()[1]
-        return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        return distributed().TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
 
 
 def take(seat: Seat, device: str) -> None:
@@ -41,8 +41,7 @@ def take(seat: Seat, device: str) -> None:
 
     Raises `RuntimeError` where the others do not come within `meet_seconds`.
     """
-    import torch.distributed as dist
-
+    dist = distributed()
     interface = interface_of(_own_address(seat))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
@@ -74,3 +73,10 @@ def interface_of(address: str) -> str:
     interfaces = psutil.net_if_addrs()
     by_address = {entry.address: name for name, entries in interfaces.items() for entry in entries}
     return by_address.get("127.0.0.1" if address.startswith("127.") else address, "")
+
+
+def distributed() -> Any:
+    """`torch.distributed`, whose stores and process groups its type stubs do not export."""
+    import torch.distributed
+
+    return torch.distributed

@@ -44,7 +44,7 @@ def rank_batches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[li
     Rows go to the rank that has the fewest tokens, the longest first. A rank that has fewer micro-batches than others
     computes the shortest row, which counts for nothing.
     """
-    cut = []
+    cut: list[list[MicroBatch]] = []
     for share in _shares(lengths, ranks):
         batches = micro_batches([lengths[i] for i in share], max_tokens)
         cut.append([MicroBatch([share[i] for i in rows]) for rows in batches])
@@ -55,7 +55,8 @@ def rank_batches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[li
 
 def _shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     """The rows of each rank, in their order."""
-    tokens, shares = [0] * ranks, [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rank = tokens.index(min(tokens))
         tokens[rank] += lengths[i]

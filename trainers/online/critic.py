@@ -36,7 +36,9 @@ class Critic:
         self._ranks = Ranks(device_of(self._config.resources.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._model = self._ranks.spread(Valuer(whole.base_model, whole.config.get_text_config().hidden_size)).eval()
+        valuer = Valuer(whole.base_model, whole.config.get_text_config().hidden_size)
+        recompute = self._config.resources.activation_checkpointing
+        self._model = self._ranks.spread(valuer, recompute=recompute).eval()
         parameters = dict(self._model.named_parameters())
         rate = self._config.learning_rate
         self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)

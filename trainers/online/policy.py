@@ -46,7 +46,7 @@ class Policy:
         self._ranks = Ranks(device_of(spec.stage.policy.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._exporter = Exporter(model)
-        self._model = self._ranks.spread(model).eval()
+        self._model = self._ranks.spread(model, recompute=spec.stage.policy.activation_checkpointing).eval()
         self._parameters = dict(self._model.named_parameters())
         rate = spec.stage.learning_rate
         self._learner = Learner("policy", self._parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
@@ -157,10 +157,10 @@ def device_of(gpus: float) -> str:
 
 
 class PolicyActor:
-    """The Ray shell of a `Policy`: publishes what it has learned."""
+    """The Ray shell of a rank of a `Policy`: publishes what it has learned."""
 
-    def __init__(self, spec: PolicySpec) -> None:
-        self._policy, self._base = Policy(spec), spec.base_digest
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
+        self._policy, self._base = Policy(spec, seat), spec.base_digest
         stage = spec.stage
         self._transport = open_transport(stage.rollout.weights, timeout=stage.timeout_seconds)
         self._hashing = ThreadPoolExecutor(1, "digest")
@@ -169,9 +169,11 @@ class PolicyActor:
         """One optimizer step."""
         return self._policy.update(samples, step, kl_coefficient)
 
-    def publish(self, version: int, workers: Sequence[str]) -> WeightVersion:
-        """Make the weights as they are now available to these workers, and to any that come later."""
+    def publish(self, version: int, workers: Sequence[str]) -> WeightVersion | None:
+        """Make the weights as they are now available to these workers, and to any that come later; rank 0 does."""
         tensors, config = self._policy.export()
+        if not self._policy.leads:
+            return None
         pieces = joined(tensors)
         digest = self._hashing.submit(version_digest, pieces, config, self._base)  # beside the copying
         parcel = self._transport.send(pieces, workers)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...cluster.process_group import Seat, take
 from .batch import MicroBatch, rank_batches
-from .layers import decoder_layers
+from .layers import decoder_layers, recompute_activations
 
 _T = TypeVar("_T")
 
@@ -31,8 +31,13 @@ class Ranks:
         """Whether it is this rank that writes files and publishes."""
         return self.rank == 0
 
-    def spread(self, model: nn.Module) -> nn.Module:
-        """The model on this rank's device, of which each rank keeps a shard of every parameter; all call it."""
+    def spread(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
+        """The model on this rank's device, of which each rank keeps a shard of every parameter; all call it.
+
+        With `recompute`, layers are computed again in the backward instead of keeping their activations.
+        """
+        if recompute:
+            recompute_activations(model)
         if self.size == 1:
             return model.to(self.device)
         from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +75,7 @@ class Ranks:
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient; of a sharded one all of it, which all ranks call for together."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from ...cluster.config import Config, Resources
 from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
+from .learners import LearnerResources
 
 Estimator = Literal["k1", "k2", "k3"]
 """Of a KL on the policy's own samples (Schulman 2020)."""
@@ -113,7 +114,7 @@ class CriticConfig(Config):
     """Discount of a token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
-    resources: Resources = Resources()
+    resources: LearnerResources = LearnerResources()
 
 
 class OnlineStage(StageBase):
@@ -164,10 +165,10 @@ class OnlineStage(StageBase):
     minibatches: int = Field(default=1, ge=1)
     """Parts into which each epoch cuts them, with an update each; from the second update on, ratios differ from 1."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens per forward and backward on the policy."""
+    """Tokens per forward and backward of a policy's rank."""
     staleness: Literal[0] = 0
     keep_best: KeepBest | None = None
-    policy: Resources = Resources()
+    policy: LearnerResources = LearnerResources()
     reference: Resources = Resources(cpus=0.5)
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
@@ -243,6 +244,21 @@ class OnlineStage(StageBase):
                 f"epochs {self.epochs} and minibatches {self.minibatches}: DPO's gradient is known before a step's "
                 "first update alone; take 1 and 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_work(self) -> "OnlineStage":
+        of_an_update = self.batch_size // self.minibatches
+        groups = [
+            ("policy", self.policy.ranks),
+            ("critic.resources", self.critic.resources.ranks if self.critic else 1),
+        ]
+        for place, ranks in groups:
+            if ranks > of_an_update:
+                raise ValueError(
+                    f"{place}.ranks {ranks}: an update has {of_an_update} completions (batch_size {self.batch_size} "
+                    f"over minibatches {self.minibatches}), so some ranks would have none; take {of_an_update} or less"
+                )
         return self
 
     @model_validator(mode="after")

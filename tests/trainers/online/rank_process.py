@@ -8,7 +8,8 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ class Group:
         self.processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
         for _ in range(size):
-            with Listener(None) as listener:
-                command = [sys.executable, __file__, str(listener.address)]
-                self.processes.append(subprocess.Popen(command))
-                self._pipes.append(listener.accept())
+            ours, theirs = Pipe()
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
+            self._pipes.append(ours)
+            theirs.close()  # so that the death of the process ends what is waited for from it
 
     def do(self, job: Callable[..., Any], **given: Any) -> list[Any]:
         """What each rank's job returned, or the error it raised."""
@@ -61,23 +63,22 @@ class Group:
             process.wait(timeout=30)
 
 
-def serve(address: str) -> None:
+def serve(pipe: Connection) -> None:
     """Do jobs until the pipe closes."""
     import torch.distributed as dist
 
-    with Client(address) as pipe:
-        while True:
-            try:
-                name, seat, given = pipe.recv()
-            except EOFError:
-                return
-            try:
-                answer = globals()[name](seat, **given)
-            except Exception as error:  # noqa: BLE001  the test's to judge
-                answer = error
-            pipe.send(answer)
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    while True:
+        try:
+            name, seat, given = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = globals()[name](seat, **given)
+        except Exception as error:  # noqa: BLE001  the test's to judge
+            answer = error
+        pipe.send(answer)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def samples(lengths: list[tuple[int, int]] = LENGTHS) -> list[TrainSample]:
@@ -129,7 +130,7 @@ def train(
     weights, config = policy.export()
     return {
         "metrics": told,
-        "gradient": _gradient(policy._learner, told[-1] if told else {}, spec.stage),
+        "gradient": _gradient(policy._learner, [m["grad_norm"] for m in told if "grad_norm" in m], spec.stage),
         "weights": {name: array.copy() for name, array in weights.items()},
         "digest": version_digest(joined(weights), config, "") if policy.leads else None,
     }
@@ -139,19 +140,18 @@ def learn_values(seat: Seat | None, spec: PolicySpec, updates: list[list[TrainSa
     """A critic's updates: the last one's gradient, metrics, and values after."""
     critic = Critic(spec, seat)
     told = [critic.update(given, step) for step, given in enumerate(updates)]
-    norm = {"grad_norm": told[-1]["value/grad_norm"]}
     return {
         "metrics": told,
-        "gradient": _gradient(critic._learner, norm, spec.stage),
+        "gradient": _gradient(critic._learner, [m["value/grad_norm"] for m in told], spec.stage),
         "values": critic.values(updates[0]),
     }
 
 
-def _gradient(learner: Any, told: dict[str, float], stage: OnlineStage) -> dict[str, np.ndarray]:
-    clipped = min(1.0, stage.max_grad_norm / (told.get("grad_norm", 0.0) + 1e-6))
+def _gradient(learner: Any, norms: list[float], stage: OnlineStage) -> dict[str, np.ndarray]:
+    clipped = min(1.0, stage.max_grad_norm / (norms[-1] + 1e-6)) if norms else 1.0
     held = {name: whole(p.grad) for name, p in learner._trained.items() if p.grad is not None}
     return {name: gradient.numpy() / clipped for name, gradient in held.items()}
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Connection(int(sys.argv[1])))

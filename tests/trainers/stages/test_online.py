@@ -99,6 +99,14 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
         ({"type": "online_dpo", "epochs": 2}, "epochs 2 and minibatches 1: DPO's gradient is known before a step's"),
         ({"loss": "ppo"}, "'clipped' or 'cispo'"),
+        ({"policy": {"ranks": 0}}, "greater than or equal to 1"),
+        ({"policy": {"gpus": 2}}, "gpus 2: a rank computes on one GPU; take gpus: 1 and more ranks"),
+        ({"policy": {"ranks": 2, "gpus": 0.5}}, "gpus 0.5 with ranks 2: nccl takes no two ranks on one GPU; take gpus"),
+        (
+            {"policy": {"ranks": 65}, "minibatches": 2},
+            "policy.ranks 65: an update has 64 completions (batch_size 128 over minibatches 2), so some ranks would",
+        ),
+        ({"type": "ppo", "critic": {"resources": {"ranks": 129}}}, "critic.resources.ranks 129: an update has 128"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
