@@ -1,7 +1,7 @@
 """Waiting for actors: every wait has a time-out and an error that names the actor and what it was doing."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,9 @@ from .errors import RaylignError, RunFailed, WorkerFailed, WorkerLost
 
 TICK_SECONDS = 0.4
 """How long a wait that has something to look after goes without doing so."""
+
+DEATH_SECONDS = 2.0
+"""How long the death of an actor may take to become known once its peers have failed of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,53 @@ def get(refs: Any, *, actor: str, what: str, timeout: float, tick: Callable[[], 
             raise _explained(error, actor, what) from None
         if tick:
             tick()
+
+
+def get_together(
+    refs: Mapping[str, Any], *, what: str, timeout: float, tick: Callable[[], None] | None = None
+) -> list[Any]:
+    """`get` of calls on actors that work together, by their names. The first that fails ends the wait.
+
+    The others may be waiting for it. Where an actor died, that is raised rather than what it made of its peers.
+    """
+    import ray
+
+    answers: dict[str, Any] = {}
+    give_up = time.monotonic() + timeout
+    try:
+        while left := [name for name in refs if name not in answers]:
+            seconds = max(0.0, min(give_up - time.monotonic(), TICK_SECONDS))
+            ready, _ = ray.wait([refs[name] for name in left], timeout=seconds)
+            if not ready and time.monotonic() >= give_up:
+                raise WorkerLost(f"{', '.join(left)} did not finish {what} within {timeout:.0f} s")
+            for name in left:
+                if refs[name] in ready:
+                    answers[name] = get(refs[name], actor=name, what=what, timeout=timeout)
+            if tick:
+                tick()
+    except WorkerLost:
+        raise
+    except RunFailed as error:
+        if death := _death(refs, what):
+            raise death from error
+        raise
+    return [answers[name] for name in refs]
+
+
+def _death(refs: Mapping[str, Any], what: str) -> WorkerLost | None:
+    """How one of these actors died, if any did."""
+    import ray
+
+    ended, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=DEATH_SECONDS)
+    for name, ref in refs.items():
+        if ref in ended:
+            try:
+                get(ref, actor=name, what=what, timeout=0)
+            except WorkerLost as lost:
+                return lost
+            except RaylignError:
+                continue
+    return None
 
 
 def outcome(future: "Future[Any]", *, actor: str, what: str) -> Any:

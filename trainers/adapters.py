@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..cluster.weights import Tensors, base_digest, load_adapter
 from .stages import LoraConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
@@ -112,29 +113,35 @@ class Exporter:
     """What trains of a model as numpy arrays: of one with an adapter, its tensors under PEFT's names and `config`, its
     PEFT config; of one without, each parameter once, and `{}`.
 
-    Made once for a model on its device: PEFT takes tens of milliseconds to collect an adapter, and what it collects
-    stays the model's own memory.
+    Made once for a model, before its parameters are sharded: PEFT takes tens of milliseconds to collect an adapter.
+    What it collects is the parameters' own memory, and by that it is known which parameter has which name.
     """
 
     def __init__(self, model: Any) -> None:
         from peft import PeftModel, get_peft_model_state_dict
 
+        own = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
         adapted = isinstance(model, PeftModel)
-        named = get_peft_model_state_dict(model).items() if adapted else model.named_parameters()
-        self._live = {name: tensor.detach() for name, tensor in named}
-        own = {parameter.data_ptr() for parameter in model.parameters()}
-        assert all(tensor.data_ptr() in own for tensor in self._live.values()), "PEFT collected copies"
-        self.config: dict[str, Any] = _peft_config(model, list(self._live)) if adapted else {}
+        named = get_peft_model_state_dict(model) if adapted else dict(model.named_parameters())
+        assert all(tensor.data_ptr() in own for tensor in named.values()), "PEFT collected copies"
+        self._names = {name: own[tensor.data_ptr()] for name, tensor in named.items()}
+        self.config: dict[str, Any] = _peft_config(model, list(self._names)) if adapted else {}
 
-    def tensors(self) -> Tensors:
-        """The weights as they are now, contiguous; on a CPU views of them, good until the next update."""
-        return {name: _array(tensor) for name, tensor in self._live.items()}
+    def named(self, parameters: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """The model's parameters that train, under the names they are exported by."""
+        return {name: parameters[own] for name, own in self._names.items()}
+
+
+def arrays(tensors: Mapping[str, "Tensor"]) -> Tensors:
+    """Tensors as contiguous arrays; of those on a CPU views, good until they change."""
+    return {name: _array(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def export_weights(model: Any) -> tuple[Tensors, dict[str, Any]]:
     """Copies of what trains, and the PEFT config or `{}`; see `Exporter`."""
     exporter = Exporter(model)
-    return {name: array.copy() for name, array in exporter.tensors().items()}, exporter.config
+    live = arrays(exporter.named(dict(model.named_parameters())))
+    return {name: array.copy() for name, array in live.items()}, exporter.config
 
 
 def _array(tensor: Any) -> np.ndarray:

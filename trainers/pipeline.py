@@ -70,9 +70,9 @@ def demands(stage: StageConfig) -> list[Demand]:
     """What a stage's actors reserve at its start."""
     if not isinstance(stage, OnlineStage):
         return [Demand("train worker", stage.workers, stage.resources.cpus, stage.resources.gpus)]
-    roles = [("policy", 1, stage.policy), ("reward", stage.scoring.workers, stage.scoring.resources)]
-    roles += [("reference", 1, stage.reference)] if stage.has_reference else []
-    roles += [("critic", 1, stage.critic.resources)] if stage.critic else []
+    roles = [("policy", stage.policy.ranks, stage.policy), ("reward", stage.scoring.workers, stage.scoring.resources)]
+    roles += [("reference", 1, stage.reference_role)] if stage.reference_role else []
+    roles += [("critic", stage.critic.resources.ranks, stage.critic.resources)] if stage.critic else []
     roles += [("rollout", stage.rollout.workers.start, stage.rollout.resources)]
     return [Demand(role, count, r.cpus, r.gpus) for role, count, r in roles]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import WeightsConfig
 from ..errors import RunFailed
+from ..process_group import distributed, open_store
 from .pieces import Entry, Piece, piece_bytes
 from .transport import Channel, ObjectStore, Parcel, Transport
 
@@ -78,15 +79,10 @@ class Collective:
 
     def _open(self, members: tuple[str, ...]) -> None:
         """Listen where the members of a new group meet."""
-        dist = _distributed()
         self._opened += 1
-        host = _address()
-        with socket.create_server((host, 0)) as listener:
-            port = listener.getsockname()[1]
-            self._rendezvous = dist.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-            )
-        self._channel = Channel(f"{socket.gethostname()}-{port}-{self._opened}", host, port, members)
+        self._rendezvous = store = open_store(_address())
+        name = f"{socket.gethostname()}-{store.port}-{self._opened}"
+        self._channel = Channel(name, store.host, store.port, members)
 
     def _send(self, parcel: Parcel) -> None:
         """Broadcast a parcel's pieces as the store has them, since the policy goes on learning.
@@ -129,7 +125,7 @@ class Collective:
         if self._channel == channel:
             return
         self.close()
-        dist = _distributed()
+        dist = distributed()
         store = dist.TCPStore(
             channel.host, channel.port, is_master=False, timeout=timedelta(seconds=self._meet), wait_for_workers=False
         )
@@ -137,7 +133,7 @@ class Collective:
         self._rendezvous, self._channel = store, channel
 
     def _meet_as(self, rank: int, channel: Channel, store: Any) -> Any:
-        dist = _distributed()
+        dist = distributed()
         meeting = dist.PrefixStore(channel.name, store)
         meeting.set_timeout(timedelta(seconds=self._meet))
         size, limit = len(channel.members) + 1, timedelta(seconds=self._timeout)
@@ -181,13 +177,6 @@ def open_transport(config: WeightsConfig, *, timeout: float) -> Transport:
     if config.transport == "nccl":
         return Collective("nccl", regroup=config.on_loss == "object_store", timeout=timeout)
     return ObjectStore()
-
-
-def _distributed() -> Any:
-    """`torch.distributed`, whose process groups and stores its type stubs do not export."""
-    import torch.distributed
-
-    return torch.distributed
 
 
 def _address() -> str:

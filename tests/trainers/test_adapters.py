@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.cluster.weights import adapter_digest, base_digest, save_adapter
-from raylign.trainers.adapters import Exporter, check_adapter, export_weights, merge_adapter, open_base, open_model
+from raylign.trainers.adapters import (
+    Exporter,
+    arrays,
+    check_adapter,
+    export_weights,
+    merge_adapter,
+    open_base,
+    open_model,
+)
 from raylign.trainers.stages import LoraConfig
 
 LORA = LoraConfig(r=4)
@@ -54,14 +62,14 @@ def test_an_exporter_follows_the_weights_without_copies(tiny_model: Path, dtype:
     from peft import get_peft_model_state_dict
 
     model = open_model(tiny_model, None, LORA, seed=1, dtype=dtype)
-    exporter = Exporter(model)
-    exported = exporter.tensors()
+    exporter, parameters = Exporter(model), dict(model.named_parameters())
+    exported = arrays(exporter.named(parameters))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     wanted = {name: tensor.numpy() for name, tensor in get_peft_model_state_dict(model).items()}
     assert list(exported) == list(wanted)
-    for name, array in exporter.tensors().items():
+    for name, array in arrays(exporter.named(parameters)).items():
         assert array.dtype == np.float32  # of the adapter, whatever the base's is
         assert np.array_equal(array, wanted[name])
         assert np.shares_memory(array, exported[name])

@@ -5,6 +5,7 @@ Shapes: P prompt tokens, T completion tokens, B rows of a micro-batch, L its lon
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,39 @@ class TrainSample:
     def rows(self) -> tuple["TrainSample", ...]:
         """What a forward takes of it: itself, and in a pair the rejected one."""
         return (self,) if self.rejected is None else (self, self.rejected)
+
+
+class MicroBatch(NamedTuple):
+    """Rows of one forward; with `counts` off, it is there for the other ranks' sake, and its rows count for nothing."""
+
+    rows: list[int]
+    counts: bool = True
+
+
+def rank_batches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[MicroBatch]]:
+    """The micro-batches of each rank, as many for each: sharded weights are gathered by all ranks together.
+
+    Rows go to the rank that has the fewest tokens, the longest first. A rank that has fewer micro-batches than others
+    computes the shortest row, which counts for nothing.
+    """
+    cut: list[list[MicroBatch]] = []
+    for share in _shares(lengths, ranks):
+        batches = micro_batches([lengths[i] for i in share], max_tokens)
+        cut.append([MicroBatch([share[i] for i in rows]) for rows in batches])
+    most = max(map(len, cut))
+    idle = MicroBatch([min(range(len(lengths)), key=lengths.__getitem__)], counts=False) if lengths else None
+    return [batches + [idle] * (most - len(batches)) for batches in cut if idle]
+
+
+def _shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """The rows of each rank, in their order."""
+    tokens = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = tokens.index(min(tokens))
+        tokens[rank] += lengths[i]
+        shares[rank].append(i)
+    return [sorted(share) for share in shares]
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

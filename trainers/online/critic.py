@@ -5,17 +5,13 @@ Shapes: as in `scoring_model.py`; D the model's width.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .batch import TrainSample, micro_batches
+from ...cluster.process_group import Seat
+from .batch import TrainSample
 from .policy import PolicySpec, device_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .scoring_model import Aligned
 
 
 class Critic:
@@ -25,33 +21,33 @@ class Critic:
     The head begins at 0, so that before the first update every value is 0 and advantages are those of the rewards.
     """
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         import torch
         from peft import PeftModel
-        from torch import nn
 
         from ..adapters import open_model
         from .learner import Learner
+        from .ranks import Ranks
+        from .valuer import Valuer
 
         assert spec.stage.critic, "a stage without a critic starts none"
         torch.set_num_threads(1)
         self._stage, self._config = spec.stage, spec.stage.critic
-        self._device = device_of(self._config.resources.gpus)
+        self._ranks = Ranks(device_of(self._config.resources.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self._body: nn.Module = whole.base_model.to(self._device).eval()
-        self._head = nn.Linear(whole.config.get_text_config().hidden_size, 1, device=self._device)
-        nn.init.zeros_(self._head.weight)
-        nn.init.zeros_(self._head.bias)
-        parameters = dict(nn.ModuleDict({"body": self._body, "head": self._head}).named_parameters())
+        valuer = Valuer(whole.base_model, whole.config.get_text_config().hidden_size)
+        recompute = self._config.resources.activation_checkpointing
+        self._model = self._ranks.spread(valuer, recompute=recompute).eval()
+        parameters = dict(self._model.named_parameters())
         rate = self._config.learning_rate
-        self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, device=self._device)
+        self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
 
     def values(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """What is still to come, as the critic sees it before each completion token; `[T]` of each sample."""
         from .scoring_model import of_each_sample
 
-        return of_each_sample(self._values, samples, self._stage.micro_batch_tokens, self._device)
+        return of_each_sample(self._model, samples, self._stage.micro_batch_tokens, self._ranks)
 
     def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
         """The updates of a step towards the samples' `returns`, in the same minibatches as the policy's.
@@ -74,27 +70,21 @@ class Critic:
             "value/explained_variance": 1 - left,
         }
 
-    def _values(self, batch: "Aligned") -> "Tensor":
-        hidden_BLD = self._body(
-            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
-        ).last_hidden_state
-        return self._head(hidden_BLD[:, batch.first : -1].float())[..., 0]
-
     def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
         from .losses import Totals, joined, value_loss
         from .scoring_model import align
 
         totals, parts = Totals(sum(len(s.tokens) for s in samples), len(samples), 0), []
-        for rows in micro_batches([s.length for s in samples], self._stage.micro_batch_tokens):
-            batch = align([samples[i] for i in rows], self._device)
+        for rows, counts in self._ranks.batches([s.length for s in samples], self._stage.micro_batch_tokens):
+            batch = align([samples[i] for i in rows], self._ranks.device, counts=counts)
             if batch.values_BK is None or batch.returns_BK is None:
                 raise ValueError("the critic learns from samples that have values and returns")
             loss, metrics = value_loss(
-                self._values(batch), batch.values_BK, batch.returns_BK, batch.mask_BK, self._config.clip, totals
+                self._model(batch), batch.values_BK, batch.returns_BK, batch.mask_BK, self._config.clip, totals
             )
             loss.backward()
             parts.append(metrics)
-        return joined(parts)
+        return joined(self._ranks.gathered(joined(parts)))
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
@@ -106,10 +96,10 @@ class Critic:
 
 
 class CriticActor:
-    """The Ray shell of a `Critic`."""
+    """The Ray shell of a rank of a `Critic`."""
 
-    def __init__(self, spec: PolicySpec) -> None:
-        self._critic = Critic(spec)
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
+        self._critic = Critic(spec, seat)
 
     def values(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Values `[T]` of each completion."""

@@ -12,6 +12,7 @@ from ..schedule import learning_rate, update_rows
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .losses import Metrics, averaged
+from .ranks import Ranks, shared_like, whole
 
 Backward = Callable[[Sequence[TrainSample]], Metrics]
 """Adds the gradient of one update's loss on its samples; the metrics are those of `joined`."""
@@ -28,9 +29,9 @@ class Learner:
         seed: int,
         *,
         peak: float,
-        device: str,
+        ranks: Ranks,
     ) -> None:
-        self._name, self._stage, self._seed, self._peak, self._device = name, stage, seed, peak, device
+        self._name, self._stage, self._seed, self._peak, self._ranks = name, stage, seed, peak, ranks
         self._trained = {n: p for n, p in parameters.items() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=peak, betas=stage.betas, weight_decay=stage.weight_decay
@@ -56,7 +57,7 @@ class Learner:
         """One optimizer step: its metrics and the norm of its gradient before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         metrics = backward(samples)
-        norm = nn.utils.clip_grad_norm_(self._trained.values(), self._stage.max_grad_norm).item()
+        norm = self._clip().item()
         if not np.isfinite(norm):
             losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith("loss"))
             raise RunFailed(
@@ -65,6 +66,12 @@ class Learner:
             )
         self._optimizer.step()
         return metrics, norm
+
+    def _clip(self) -> torch.Tensor:
+        """Bound the norm of the gradient of all ranks; what it was before."""
+        norm = whole(nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
+        nn.utils.clip_grads_with_norm_(self._trained.values(), self._stage.max_grad_norm, norm)
+        return norm
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors. Raises `RunFailed` where they cannot be written."""
@@ -78,13 +85,15 @@ class Learner:
     def _write(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        weights = {n: p.detach().contiguous().cpu() for n, p in self._trained.items()}
-        save_file(weights, folder / f"{self._name}.safetensors")
         moments = {}
         for name, parameter in self._trained.items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = value.contiguous().cpu()
-        save_file(moments, folder / f"{self._name}-optimizer.safetensors")
+                moments[f"{name}/{key}"] = value
+        for part, tensors in (("", self._trained), ("-optimizer", moments)):
+            led = self._ranks.led(tensors)
+            if self._ranks.leads:
+                held = {name: tensor.contiguous().cpu() for name, tensor in led.items()}
+                save_file(held, folder / f"{self._name}{part}.safetensors")
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
@@ -99,10 +108,10 @@ class Learner:
         moments = load_file(folder / f"{self._name}-optimizer.safetensors")
         with torch.no_grad():
             for name, parameter in self._trained.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(shared_like(weights[name], parameter))
                 prefix = f"{name}/"
                 state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
                 if state:
                     self._optimizer.state[parameter] = {
-                        k: v if k == "step" else v.to(self._device) for k, v in state.items()
+                        k: v if k == "step" else shared_like(v, parameter) for k, v in state.items()
                     }

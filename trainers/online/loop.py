@@ -215,7 +215,7 @@ class OnlineLoop:
         """The groups with the critic's value of every token, where there is a critic."""
         if not self._stage.critic:
             return groups
-        with self._phase("values", lane="critic"):
+        with self._phase("values", lane="critic-0"):
             return annotated(groups, "values", self._roles.values(every_sample(groups), tick=self._tick))
 
     def _advantage(self, groups: list[Group]) -> list[TrainSample]:

@@ -161,9 +161,10 @@ def policy_loss(given: Tokens, totals: Totals, settings: LossSettings) -> tuple[
 def preference_loss(given: Tokens, totals: Totals, beta: float) -> tuple[Tensor, Metrics]:
     """A micro-batch's part of DPO's loss (2305.18290, equation 7): Σ −log σ(β (Δ chosen − Δ rejected)) / pairs.
 
-    Δ is Σ_t log π − log π_ref of a completion. Rows alternate, chosen and rejected; `totals.sequences` counts pairs.
-    Metrics: the share of pairs told apart, their mean margin β (Δ − Δ′), and the mismatch on what an engine drew
-    (`behaviour_BT` is NaN where none did). Raises `ValueError` without the reference's log-probs.
+    Δ is Σ_t log π − log π_ref of a completion. Rows alternate, chosen and rejected; `totals.sequences` counts pairs,
+    and one whose mask is empty counts for nothing. Metrics: the share of pairs told apart, their mean margin
+    β (Δ − Δ′), and the mismatch on what an engine drew (`behaviour_BT` is NaN where none did). Raises `ValueError`
+    without the reference's log-probs.
     """
     if given.reference_BT is None:
         raise ValueError("the loss of pairs needs log-probs of a reference")
@@ -173,7 +174,8 @@ def preference_loss(given: Tokens, totals: Totals, beta: float) -> tuple[Tensor,
     ratio_B = ((t.logprobs_BT - t.reference_BT) * t.mask_BT).sum(-1)
     margin_P = beta * (ratio_B[0::2] - ratio_B[1::2])
     pairs = max(totals.sequences, 1)
-    loss = -torch.nn.functional.logsigmoid(margin_P).sum() / pairs
+    there_P = t.mask_BT[0::2].amax(-1) > 0
+    loss = -(torch.nn.functional.logsigmoid(margin_P) * there_P).sum() / pairs
     metrics = mismatch_metrics(t.old_BT, t.behaviour_BT, torch.ones_like(drawn_BT), drawn_BT, totals.tokens)
     metrics["preference/accuracy"] = (margin_P > 0).sum().item() / pairs
     metrics["preference/margin"] = margin_P.sum().item() / pairs

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ...cluster.process_group import Seat
 from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
 from ..stages import OnlineStage
-from .batch import TrainSample, micro_batches
+from .batch import TrainSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,33 +28,33 @@ class PolicySpec:
 
 
 class Policy:
-    """The model that learns. One rank; CPU or GPU.
+    """The model that learns: one rank of it, CPU or GPU. What its methods do, all ranks do together.
 
     It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
     sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
     """
 
-    def __init__(self, spec: PolicySpec) -> None:
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         import torch
-        from torch import nn
 
         from ..adapters import Exporter, open_model
         from .learner import Learner
+        from .ranks import Ranks
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = device_of(spec.stage.policy.gpus)
+        self._ranks = Ranks(device_of(spec.stage.policy.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model: nn.Module = nn.Module.to(model, self._device).eval()
-        self._exporter = Exporter(self._model)
-        self._learner = Learner(
-            "policy",
-            dict(self._model.named_parameters()),
-            spec.stage,
-            spec.seed,
-            peak=spec.stage.learning_rate,
-            device=self._device,
-        )
+        self._exporter = Exporter(model)
+        self._model = self._ranks.spread(model, recompute=spec.stage.policy.activation_checkpointing).eval()
+        self._parameters = dict(self._model.named_parameters())
+        rate = spec.stage.learning_rate
+        self._learner = Learner("policy", self._parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this rank that publishes."""
+        return self._ranks.leads
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
         """The updates of a step. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
@@ -74,7 +75,7 @@ class Policy:
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
         rows = [row for sample in samples for row in sample.rows]
-        old = iter(logprobs_of(self._model, rows, temperature, stage.micro_batch_tokens, self._device))
+        old = iter(logprobs_of(self._model, rows, temperature, stage.micro_batch_tokens, self._ranks))
 
         def noted(sample: TrainSample) -> TrainSample:
             own = next(old)
@@ -95,8 +96,8 @@ class Policy:
         totals = Totals(sum(len(row.tokens) for s in samples for row in s.rows), len(samples), constant)
         parts = []
         lengths = [len(s.rows) * max(row.length for row in s.rows) for s in samples]
-        for chosen in micro_batches(lengths, stage.micro_batch_tokens):
-            batch = align([row for i in chosen for row in samples[i].rows], self._device)
+        for chosen, counts in self._ranks.batches(lengths, stage.micro_batch_tokens):
+            batch = align([row for i in chosen for row in samples[i].rows], self._ranks.device, counts=counts)
             logprobs_BK, entropy_BK = completion_logprobs(
                 self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
             )
@@ -113,14 +114,28 @@ class Policy:
             loss, metrics = loss_of(tokens, totals)
             loss.backward()
             parts.append(metrics)
-        return joined(parts)
+        return joined(self._ranks.gathered(joined(parts)))
+
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Log-probs `[T]` of each completion without the adapter: of the policy as it was before it learned."""
+        from peft import PeftModel
+
+        from .scoring_model import logprobs_of
+
+        stage = self._spec.stage
+        temperature = stage.rollout.sampling.temperature
+        assert isinstance(self._model, PeftModel), "the stage asks for it with an adapter only"
+        with self._model.disable_adapter():
+            return logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
-        """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`.
+        """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`; no tensors but on rank 0.
 
-        On a CPU the tensors are views of the weights, good until the next update.
+        On a CPU and with one rank the tensors are views of the weights, good until the next update.
         """
-        return self._exporter.tensors(), self._exporter.config
+        from ..adapters import arrays
+
+        return arrays(self._ranks.led(self._exporter.named(self._parameters))), self._exporter.config
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors."""
@@ -136,24 +151,24 @@ class Reference:
 
     def __init__(self, spec: PolicySpec) -> None:
         import torch
-        from torch import nn
 
         from ..adapters import open_model
+        from .ranks import Ranks
 
         torch.set_num_threads(1)
         self._spec = spec
-        self._device = device_of(spec.stage.reference.gpus)
+        own = spec.stage.reference_role
+        self._ranks = Ranks(device_of(own.gpus if own else 0))
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model: nn.Module = nn.Module.to(model, self._device).eval()
+        self._model = self._ranks.spread(model).eval()
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""
         from .scoring_model import logprobs_of
 
         stage = self._spec.stage
-        return logprobs_of(
-            self._model, samples, stage.rollout.sampling.temperature, stage.micro_batch_tokens, self._device
-        )
+        temperature = stage.rollout.sampling.temperature
+        return logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
 
 
 def device_of(gpus: float) -> str:
@@ -164,10 +179,10 @@ def device_of(gpus: float) -> str:
 
 
 class PolicyActor:
-    """The Ray shell of a `Policy`: publishes what it has learned."""
+    """The Ray shell of a rank of a `Policy`: publishes what it has learned."""
 
-    def __init__(self, spec: PolicySpec) -> None:
-        self._policy, self._base = Policy(spec), spec.base_digest
+    def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
+        self._policy, self._base = Policy(spec, seat), spec.base_digest
         stage = spec.stage
         self._transport = open_transport(stage.rollout.weights, timeout=stage.timeout_seconds)
         self._hashing = ThreadPoolExecutor(1, "digest")
@@ -176,9 +191,15 @@ class PolicyActor:
         """One optimizer step."""
         return self._policy.update(samples, step, kl_coefficient)
 
-    def publish(self, version: int, workers: Sequence[str]) -> WeightVersion:
-        """Make the weights as they are now available to these workers, and to any that come later."""
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+        """Log-probs `[T]` of each completion without the adapter."""
+        return self._policy.reference_logprobs(samples)
+
+    def publish(self, version: int, workers: Sequence[str]) -> WeightVersion | None:
+        """Make the weights as they are now available to these workers, and to any that come later; rank 0 does."""
         tensors, config = self._policy.export()
+        if not self._policy.leads:
+            return None
         pieces = joined(tensors)
         digest = self._hashing.submit(version_digest, pieces, config, self._base)  # beside the copying
         parcel = self._transport.send(pieces, workers)
@@ -199,6 +220,6 @@ class ReferenceActor:
     def __init__(self, spec: PolicySpec) -> None:
         self._reference = Reference(spec)
 
-    def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
+    def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""
         return self._reference.logprobs(samples)

@@ -14,9 +14,10 @@ from ...cluster.calls import Wait
 from ...cluster.config import Resources
 from ...cluster.errors import WorkerFailed, WorkerLost
 from ...cluster.placement import amount, node_of, place, release
+from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
-from ..stages import OnlineStage
+from ..stages import LearnerResources, OnlineStage
 from .batch import TrainSample
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
@@ -53,6 +54,8 @@ class Roles:
         self._scorers: list[str] = []
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
+        self._meetings: dict[str, Any] = {}
+        """The stores through which groups of ranks meet."""
         self._pulses: dict[str, Any] = {}
         """Open calls on those who learn, which end at once when their processes do."""
         self.lost: set[str] = set()
@@ -63,17 +66,17 @@ class Roles:
         return list(self._waits)
 
     @contextmanager
-    def _waiting(self, name: str, what: str) -> Iterator[None]:
+    def _waiting(self, what: str, *names: str) -> Iterator[None]:
         """Say what is waited for while the block lasts, and note who is lost in it."""
-        wait = Wait(what, f"{self._prefix}{name}", self._nodes.get(name, ""), time.time())
-        self._waits.append(wait)
+        waits = [Wait(what, f"{self._prefix}{name}", self._nodes.get(name, ""), time.time()) for name in names]
+        self._waits += waits
         try:
             yield
         except (WorkerLost, WorkerFailed):
-            self.lost = self.lost or {name}  # the first: a wait may end because `tick` found another one dead
+            self.lost = self.lost or set(names)  # the first: a wait may end because `tick` found another one dead
             raise
         finally:
-            self._waits.remove(wait)
+            self._waits = [wait for wait in self._waits if wait not in waits]
 
     def start(self, *, tick: Tick) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
@@ -85,27 +88,50 @@ class Roles:
         from ...rollout.rewards.scorer import Scorer
 
         stage = self._stage
-        new = self._begin("policy-0", PolicyActor, stage.policy, (self._spec,), tick)
-        if stage.has_reference:
-            self._begin("reference", ReferenceActor, stage.reference, (self._spec,), tick, **_STATELESS)
+        new = self._begin_group("policy", PolicyActor, stage.policy, tick)
+        if stage.reference_role:
+            self._begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **_STATELESS)
         if stage.critic:
-            self._begin("critic", CriticActor, stage.critic.resources, (self._spec,), tick)
+            self._begin_group("critic", CriticActor, stage.critic.resources, tick)
         for i in range(stage.scoring.workers):
             device = "cuda" if stage.scoring.resources.gpus else "cpu"
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
             self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
-        for name, actor in self._actors.items():
-            with self._waiting(name, "its start"):
-                calls.get(actor.__ray_ready__.remote(), actor=name, what="its start", timeout=LOAD_SECONDS, tick=tick)
+        others = [[name] for name in self._actors if name not in self.learners()]
+        for names in [*self._groups(), *others]:
+            self._answers(names, "its start", tick, self._call(names, "__ray_ready__"), timeout=LOAD_SECONDS)
         return new
+
+    def _begin_group(self, role: str, shell: type, resources: LearnerResources, tick: Tick) -> bool:
+        """Start the ranks of a role unless they are there; whether they were not."""
+        if f"{role}-0" in self._actors:
+            return False
+        for rank, seat in enumerate(self._seats(role, resources.ranks)):
+            self._begin(f"{role}-{rank}", shell, resources, (self._spec, seat), tick)
+        return True
+
+    def _seats(self, role: str, ranks: int) -> list[Seat | None]:
+        """Where the ranks of a new group meet, on this node; one alone meets nobody."""
+        if ranks == 1:
+            return [None]
+        import ray
+
+        self._meetings[role] = store = open_store(ray.util.get_node_ip_address())
+        name, times = f"{self._prefix}{role}", (LOAD_SECONDS, self._timeout)
+        return [
+            Seat(
+                rank=r, size=ranks, host=store.host, port=store.port, name=name, meet_seconds=times[0], timeout=times[1]
+            )
+            for r in range(ranks)
+        ]
 
     def _begin(
         self, name: str, role: type, resources: Resources, given: tuple[Any, ...], tick: Tick, **options: int
-    ) -> bool:
-        """Start an actor unless it is there; whether it was not."""
+    ) -> None:
+        """Start an actor unless it is there."""
         if name in self._actors:
-            return False
+            return
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -114,7 +140,7 @@ class Roles:
             return False
 
         calls.wait_until_gone(f"{self._prefix}{name}", timeout=END_SECONDS, tick=tick)
-        with self._waiting(name, f"a place with {amount(resources.cpus, resources.gpus)}"):
+        with self._waiting(f"a place with {amount(resources.cpus, resources.gpus)}", name):
             placement = place(f"{self._prefix}{name}", resources, self._wait_seconds, cancelled=cancelled)
         self._placements[name] = placement
         self._nodes[name] = node_of(placement) or ""
@@ -126,7 +152,6 @@ class Roles:
             **options,
         )
         self._actors[name] = actor.remote(*given)
-        return True
 
     def look_after(self) -> None:
         """Notice the death of one who learns while nothing is asked of it. Raises `WorkerLost`."""
@@ -136,7 +161,7 @@ class Roles:
             pulse = self._pulses.setdefault(name, self._actors[name].__ray_ready__.remote())
             if ray.wait([pulse], timeout=0)[0]:
                 del self._pulses[name]
-                with self._waiting(name, "a sign of life"):
+                with self._waiting("a sign of life", name):
                     calls.get(pulse, actor=name, what="its idle time", timeout=0)
 
     def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
@@ -145,7 +170,7 @@ class Roles:
         refs = [self._actors[name].score.remote(group) for name, group in zip(names, groups, strict=True)]
         for name, ref, group in zip(names, refs, groups, strict=True):
             what = f"step {group.step} group {group.index}"
-            with self._waiting(name, f"the reward of {what}"):
+            with self._waiting(f"the reward of {what}", name):
                 scored = calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
             yield scored
 
@@ -153,53 +178,69 @@ class Roles:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
         counts: Counter[str] = Counter()
         for name in self._scorers:
-            with self._waiting(name, "its counters"):
+            with self._waiting("its counters", name):
                 ref = self._actors[name].counters.remote()
                 counts.update(calls.get(ref, actor=name, what="its counters", timeout=self._timeout))
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
     def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
-        """The reference's log-probs `[T]` of each sample; there is a reference only where KL is on."""
-        return self._ask("reference", "log-probs", tick, "logprobs", samples)
+        """The reference's log-probs `[T]` of each sample, where there is a reference."""
+        names = ["reference"] if "reference" in self._actors else self._ranks("policy")
+        return self._ask(names, "the reference's log-probs", tick, "reference_logprobs", samples)[0]
 
     def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The critic's values `[T]` of each sample, where there is a critic."""
-        return self._ask("critic", "values", tick, "values", samples)
+        return self._ask(self._ranks("critic"), "values", tick, "values", samples)[0]
 
     def update(
         self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick
     ) -> dict[str, float]:
         """The updates of a step, of policy and critic side by side; their metrics."""
-        what = f"the update of step {step}"
-        critic = self._actors.get("critic")
-        learning = critic.update.remote(samples, step) if critic else None
-        told = self._ask("policy-0", what, tick, "update", samples, step, kl_coefficient)
-        return told if learning is None else told | self._answer("critic", what, tick, learning)
+        import ray
+
+        what, held = f"the update of step {step}", ray.put(samples)  # once for all ranks
+        critics, policies = self._ranks("critic"), self._ranks("policy")
+        learning = self._call(critics, "update", held, step)
+        told = self._ask(policies, what, tick, "update", held, step, kl_coefficient)[0]
+        return told | self._answers(critics, what, tick, learning)[0] if critics else told
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""
-        return self._ask("policy-0", f"publishing version {version}", tick, "publish", version, workers)
+        return self._ask(self._ranks("policy"), f"publishing version {version}", tick, "publish", version, workers)[0]
 
     def save(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic write their state."""
-        for name in self.learners():
-            self._ask(name, "a checkpoint", tick, "save", folder)
+        for names in self._groups():
+            self._ask(names, "a checkpoint", tick, "save", folder)
 
     def load(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic go on from a checkpoint."""
-        for name in self.learners():
-            self._ask(name, f"loading {folder}", tick, "load", folder)
+        for names in self._groups():
+            self._ask(names, f"loading {folder}", tick, "load", folder)
 
     def learners(self) -> list[str]:
-        """Those whose state a checkpoint holds: policy and critic, as far as they are there."""
-        return [name for name in ("policy-0", "critic") if name in self._actors]
+        """Those whose state a checkpoint holds: the ranks of policy and critic, as far as they are there."""
+        return [name for names in self._groups() for name in names]
 
-    def _ask(self, name: str, what: str, tick: Tick, method: str, *given: Any) -> Any:
-        return self._answer(name, what, tick, getattr(self._actors[name], method).remote(*given))
+    def _groups(self) -> list[list[str]]:
+        return [names for role in ("policy", "critic") if (names := self._ranks(role))]
 
-    def _answer(self, name: str, what: str, tick: Tick, ref: Any) -> Any:
-        with self._waiting(name, what):
-            return calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
+    def _ranks(self, role: str) -> list[str]:
+        return [name for name in self._actors if name.rpartition("-")[0] == role]
+
+    def _ask(self, names: Sequence[str], what: str, tick: Tick, method: str, *given: Any) -> list[Any]:
+        return self._answers(names, what, tick, self._call(names, method, *given))
+
+    def _call(self, names: Sequence[str], method: str, *given: Any) -> list[Any]:
+        return [getattr(self._actors[name], method).remote(*given) for name in names]
+
+    def _answers(
+        self, names: Sequence[str], what: str, tick: Tick, refs: Sequence[Any], *, timeout: float | None = None
+    ) -> list[Any]:
+        with self._waiting(what, *names):
+            return calls.get_together(
+                dict(zip(names, refs, strict=True)), what=what, timeout=timeout or self._timeout, tick=tick
+            )
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Keep a step's samples as parquet."""
@@ -207,8 +248,8 @@ class Roles:
 
     def counts(self) -> dict[str, int]:
         """How many actors each role has."""
-        there = {role: int(role in self._actors) for role in ("reference", "critic")}
-        return {"policy": 1, **there, "reward": len(self._scorers)}
+        there = {"reference": int("reference" in self._actors), "critic": len(self._ranks("critic"))}
+        return {"policy": len(self._ranks("policy")), **there, "reward": len(self._scorers)}
 
     def end(self, names: Iterable[str]) -> None:
         """End these actors, whatever they are at, and give their places back."""

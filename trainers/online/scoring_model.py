@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batch import TrainSample, micro_batches, pad
+from .batch import TrainSample, pad
 from .losses import token_logprobs
+from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,10 @@ class Aligned:
     returns_BK: Tensor | None
 
 
-def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned:
+def align(samples: Sequence[TrainSample], device: torch.device | str, *, counts: bool = True) -> Aligned:
     """Pad a micro-batch on the right and line up what the loss needs with the positions it needs it at.
+
+    The mask of one that does not count is 0.
 
     Raises `ValueError` where some samples have what others lack, such as the reference's log-probs.
     """
@@ -61,7 +64,7 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
         attention_BL=torch.from_numpy(attention).to(device),
         first=first,
         targets_BK=ids_BL[:, first + 1 :],
-        mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
+        mask_BK=at_completion([np.full(len(s.tokens), counts, np.float32) for s in samples]),
         behaviour_BK=at_completion([s.behaviour for s in samples]),
         reference_BK=where_all_have([s.reference for s in samples], "the reference's log-probs"),
         old_BK=where_all_have([s.old for s in samples], "the policy's log-probs before the step"),
@@ -84,21 +87,26 @@ def completion_logprobs(
 
 @torch.no_grad()
 def logprobs_of(
-    model: nn.Module, samples: Sequence[TrainSample], temperature: float, max_tokens: int, device: torch.device | str
+    model: nn.Module, samples: Sequence[TrainSample], temperature: float, max_tokens: int, ranks: Ranks
 ) -> list[np.ndarray]:
-    """Log-probs `[T]` of each sample's completion, without gradient, in the order given."""
-    return of_each_sample(lambda batch: completion_logprobs(model, batch, temperature)[0], samples, max_tokens, device)
+    """Log-probs `[T]` of each sample's completion, without gradient, in the order given; all ranks call it."""
+    return of_each_sample(lambda batch: completion_logprobs(model, batch, temperature)[0], samples, max_tokens, ranks)
 
 
 @torch.no_grad()
 def of_each_sample(
-    compute: Callable[[Aligned], Tensor], samples: Sequence[TrainSample], max_tokens: int, device: torch.device | str
+    compute: Callable[[Aligned], Tensor], samples: Sequence[TrainSample], max_tokens: int, ranks: Ranks
 ) -> list[np.ndarray]:
-    """What `compute` gives of micro-batches, `[B, K]`, at the completion tokens of each sample: `[T]`, float32."""
-    out: list[np.ndarray] = [np.empty(0, np.float32)] * len(samples)
-    for rows in micro_batches([s.length for s in samples], max_tokens):
-        batch = align([samples[i] for i in rows], device)
-        for i, line in zip(rows, compute(batch).float().cpu().numpy(), strict=True):
+    """What `compute` gives of micro-batches, `[B, K]`, at the completion tokens of each sample: `[T]`, float32.
+
+    Each rank computes its part; all call it, and all have all.
+    """
+    mine: dict[int, np.ndarray] = {}
+    for rows, counts in ranks.batches([s.length for s in samples], max_tokens):
+        batch = align([samples[i] for i in rows], ranks.device)
+        computed = compute(batch).float().cpu().numpy()
+        for i, line in zip(rows, computed, strict=True) if counts else ():
             start = len(samples[i].prompt) - 1 - batch.first
-            out[i] = line[start : start + len(samples[i].tokens)].copy()
-    return out
+            mine[i] = line[start : start + len(samples[i].tokens)].copy()
+    rows = {i: row for part in ranks.gathered(mine) for i, row in part.items()}
+    return [rows[i] for i in range(len(samples))]

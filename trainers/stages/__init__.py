@@ -6,6 +6,7 @@ from pydantic import Field
 
 from .algorithms import ALGORITHMS, Algorithm
 from .base import DataConfig, DataFormat, LoraConfig, StageBase
+from .learners import LearnerResources
 from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
 from .online import (
     AdaptiveKl,
@@ -35,6 +36,7 @@ __all__ = [
     "DpoStage",
     "Estimator",
     "KlConfig",
+    "LearnerResources",
     "LoraConfig",
     "MismatchConfig",
     "OnlineStage",

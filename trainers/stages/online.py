@@ -8,6 +8,7 @@ from ...cluster.config import Config, Resources
 from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
+from .learners import LearnerResources
 
 Estimator = Literal["k1", "k2", "k3"]
 """Of a KL on the policy's own samples (Schulman 2020)."""
@@ -113,7 +114,7 @@ class CriticConfig(Config):
     """Discount of a token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
-    resources: Resources = Resources()
+    resources: LearnerResources = LearnerResources()
 
 
 class OnlineStage(StageBase):
@@ -168,11 +169,13 @@ class OnlineStage(StageBase):
     minibatches: int = Field(default=1, ge=1)
     """Parts into which each epoch cuts them, with an update each; from the second update on, ratios differ from 1."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
-    """Tokens per forward and backward on the policy."""
+    """Tokens per forward and backward of a policy's rank."""
     staleness: Literal[0] = 0
     keep_best: KeepBest | None = None
-    policy: Resources = Resources()
-    reference: Resources = Resources(cpus=0.5)
+    policy: LearnerResources = LearnerResources()
+    reference: Resources | Literal["adapter_off"] = Resources(cpus=0.5)
+    """An actor of its own with a second copy of the model, or `adapter_off`: the policy itself without its adapter,
+    which is what it was when the stage began."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
     counts as lost; `rollout.timeout_seconds` is for one group's generation."""
@@ -238,12 +241,37 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _adapter_can_be_off(self) -> "OnlineStage":
+        if self.reference == "adapter_off" and (self.adapter is None or self.adapter.path):
+            found = "no adapter block" if self.adapter is None else f"the adapter {self.adapter.path}"
+            raise ValueError(
+                f"reference adapter_off: the stage begins with {found}, so the policy without its adapter is not what "
+                "it was when the stage began; give the stage a new adapter (adapter: {}), or leave reference out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _updates_make_sense(self) -> "OnlineStage":
         if self.batch_size % self.minibatches:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into minibatches of equal size: minibatches is "
                 f"{self.minibatches}; take a multiple of {self.minibatches}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_work(self) -> "OnlineStage":
+        of_an_update = self.batch_size // self.minibatches
+        groups = [
+            ("policy", self.policy.ranks),
+            ("critic.resources", self.critic.resources.ranks if self.critic else 1),
+        ]
+        for place, ranks in groups:
+            if ranks > of_an_update:
+                raise ValueError(
+                    f"{place}.ranks {ranks}: an update has {of_an_update} completions (batch_size {self.batch_size} "
+                    f"over minibatches {self.minibatches}), so some ranks would have none; take {of_an_update} or less"
+                )
         return self
 
     @model_validator(mode="after")
@@ -260,6 +288,11 @@ class OnlineStage(StageBase):
     def has_reference(self) -> bool:
         """Whether there is a reference role; the one of demonstrations is the policy itself."""
         return self.kl is not None or (self.loss == "preference" and not self.demonstrations)
+
+    @property
+    def reference_role(self) -> Resources | None:
+        """What an actor for the reference reserves, where there is one."""
+        return self.reference if self.has_reference and isinstance(self.reference, Resources) else None
 
     @property
     def keeps_old(self) -> bool:

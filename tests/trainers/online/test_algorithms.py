@@ -58,7 +58,13 @@ class InProcess:
 
         if method == "__ray_ready__":
             return SimpleNamespace(remote=lambda: ray.put(True))
-        return SimpleNamespace(remote=lambda *given: ray.put(getattr(self._made, method)(*given)))
+
+        def called(*given: Any) -> Any:
+            return ray.put(
+                getattr(self._made, method)(*(ray.get(x) if isinstance(x, ray.ObjectRef) else x for x in given))
+            )
+
+        return SimpleNamespace(remote=called)
 
 
 class RolesHere(Roles):
@@ -158,6 +164,16 @@ def test_it_trains(algorithm: str, train: Train) -> None:
         assert second["kl/completion"] > 1e-3
         moved = second["kl/coefficient"] != first["kl/coefficient"] == 0.05
         assert moved == ("adaptive" in EXTRAS[algorithm]["kl"])
+
+
+def test_a_reference_with_the_adapter_off_is_the_actor_of_its_own_bit_for_bit(train: Train) -> None:
+    left = []
+    for name, reference in (("own", "{cpus: 0.5}"), ("within", "adapter_off")):
+        run = train(name, "rloo", reference=reference)
+        assert run.status()["workers"]["reference"] == (name == "own")
+        assert run.all_metrics()[1]["kl/completion"] > 1e-3
+        left.append(run.events("weights")[-1]["digest"])
+    assert left[0] == left[1]
 
 
 def test_dynamic_sampling_fills_the_batch_the_same_for_any_workers_and_on_resume(train: Train) -> None:

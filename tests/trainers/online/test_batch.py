@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from raylign.trainers.online.batch import micro_batches, pad
+from raylign.trainers.online.batch import micro_batches, pad, rank_batches
 
 
 def test_by_hand_longest_first() -> None:
@@ -20,3 +20,16 @@ def test_every_row_once_and_no_batch_over_its_budget(budget: int) -> None:
 
 def test_pad_fills_on_the_right() -> None:
     assert pad([np.array([1, 2]), np.array([3])], 3, fill=9).tolist() == [[1, 2, 9], [3, 9, 9]]
+
+
+def test_ranks_have_like_tokens_as_many_forwards_and_every_row_once() -> None:
+    """By hand: 9 and 2 go to the first, 5 and 4 to the second; of ten tokens a batch, and 2 with nothing to do."""
+    assert rank_batches([4, 9, 2, 5], 10, 2) == [[([1], True), ([2], True)], [([3, 0], True), ([2], False)]]
+    lengths = [int(n) for n in np.random.default_rng(0).integers(1, 100, 41)]
+    for ranks in (1, 2, 3, 50):
+        cut = rank_batches(lengths, 128, ranks)
+        assert len({len(batches) for batches in cut}) == 1
+        assert sorted(i for batches in cut for b in batches if b.counts for i in b.rows) == list(range(41))
+        loads = [sum(lengths[i] for b in batches if b.counts for i in b.rows) for batches in cut]
+        assert max(loads) - min(loads) <= max(lengths)
+    assert [b.rows for b in rank_batches(lengths, 128, 1)[0]] == micro_batches(lengths, 128)

@@ -53,8 +53,8 @@ def critic(tiny_model: Path) -> Callable[..., Critic]:
         made = Critic(spec)
         if random_head:
             torch.manual_seed(3)
-            torch.nn.init.normal_(made._head.weight)
-            torch.nn.init.constant_(made._head.bias, 0.5)
+            torch.nn.init.normal_(made._model.head.weight)
+            torch.nn.init.constant_(made._model.head.bias, 0.5)
         return made
 
     return build
@@ -74,7 +74,7 @@ def test_values_are_the_heads_on_the_token_before(
 ) -> None:
     made = critic(random_head=True, micro_batch_tokens=micro_batch_tokens)
     for sample, got in zip(samples, made.values(samples), strict=True):
-        expected = hidden_states(tiny_model, sample) @ made._head.weight[0].detach() + 0.5
+        expected = hidden_states(tiny_model, sample) @ made._model.head.weight[0].detach() + 0.5
         assert got.dtype == np.float32
         assert got == pytest.approx(expected.numpy(), abs=1e-4)
 

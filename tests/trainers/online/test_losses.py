@@ -15,6 +15,7 @@ from raylign.trainers.online.losses import (
     joined,
     kl_penalty,
     policy_loss,
+    preference_loss,
     token_logprobs,
     token_shares,
     value_loss,
@@ -23,6 +24,9 @@ from raylign.trainers.stages import ALGORITHMS, ClipConfig, MismatchConfig, Onli
 from torch.nn.functional import pad
 
 from .terms import LENGTHS, tokens, totals
+
+OF_TOKENS = [name for name, made in ALGORITHMS.items() if made.loss != "preference"]
+"""The algorithms whose loss is a sum over tokens; that of pairs is tested against TRL's."""
 
 
 def of_algorithm(name: str, **fields: Any) -> LossSettings:
@@ -54,7 +58,7 @@ def test_grpo_loss_is_the_papers_sum() -> None:
     assert metrics["entropy"] == pytest.approx((t.entropy_BT * t.mask_BT).sum().item() / 14)
 
 
-@pytest.mark.parametrize("name", [name for name, a in ALGORITHMS.items() if a.loss != "cispo"])
+@pytest.mark.parametrize("name", [name for name in OF_TOKENS if ALGORITHMS[name].loss != "cispo"])
 def test_gradient_equals_finite_differences(name: str) -> None:
     """CISPO's is not that of its value: its weights have none."""
     t = tokens()
@@ -64,7 +68,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_on_policy_the_gradient_is_the_policy_gradient(name: str) -> None:
     t = tokens()
     t = t._replace(old_BT=t.logprobs_BT.detach(), behaviour_BT=t.logprobs_BT.detach())
@@ -76,7 +80,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name: str) -> None:
     assert torch.allclose(t.logprobs_BT.grad, -t.advantages_BT * shares, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 @pytest.mark.parametrize("bonus", [0.0, 0.3])
 def test_micro_batches_padding_and_order_do_not_change_the_gradient(name: str, bonus: float) -> None:
     t, settings = tokens(), of_algorithm(name, entropy_bonus=bonus)
@@ -97,7 +101,7 @@ def test_micro_batches_padding_and_order_do_not_change_the_gradient(name: str, b
     assert also_told == pytest.approx(told, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_an_empty_mask_gives_zero(name: str) -> None:
     t = tokens()
     t = t._replace(mask_BT=torch.zeros_like(t.mask_BT))
@@ -107,7 +111,7 @@ def test_an_empty_mask_gives_zero(name: str) -> None:
     assert not t.logprobs_BT.grad.any()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", OF_TOKENS)
 @pytest.mark.parametrize("junk", [1e4, -1e4, math.inf])
 def test_what_stands_at_masked_places_has_no_effect(name: str, junk: float) -> None:
     clean = tokens()
@@ -259,3 +263,21 @@ def test_value_loss_by_hand() -> None:
     assert values.grad.tolist() == [[pytest.approx(-0.1), 0.0, 0.0, 0.0]]  # a clipped value has no gradient
     plain, _ = value_loss(values, old, returns, mask, None, Totals(10, 1, 1))
     assert plain.item() == pytest.approx(0.5 * 2.25 / 10)
+
+
+def test_pairs_whose_mask_is_empty_count_for_nothing_and_shares_add_up() -> None:
+    t = tokens()
+    whole, told = preference_loss(t, totals()._replace(sequences=2), 0.3)
+    halves = [Tokens(*(None if x is None else x[i : i + 2] for x in t)) for i in (0, 2)]
+    parts = [preference_loss(half, totals()._replace(sequences=2), 0.3) for half in halves]
+    assert sum(loss.item() for loss, _ in parts) == pytest.approx(whole.item(), abs=1e-12)
+    assert joined([metrics for _, metrics in parts])["preference/margin"] == pytest.approx(told["preference/margin"])
+    idle, told = preference_loss(halves[0]._replace(mask_BT=torch.zeros(2, 6)), totals(), 0.3)
+    assert idle.item() == told["preference/accuracy"] == told["preference/margin"] == told["mismatch/mean"] == 0
+    (gradient,) = torch.autograd.grad(idle, [t.logprobs_BT])
+    assert not gradient.any()
+
+
+def test_pairs_need_a_reference() -> None:
+    with pytest.raises(ValueError, match="the loss of pairs needs log-probs of a reference"):
+        preference_loss(tokens()._replace(reference_BT=None), totals(), 0.3)

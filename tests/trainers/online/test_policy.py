@@ -12,6 +12,7 @@ from raylign.trainers.adapters import export_weights, open_base
 from raylign.trainers.online.batch import TrainSample, micro_batches
 from raylign.trainers.online.losses import LossSettings, Tokens, Totals, policy_loss
 from raylign.trainers.online.policy import Policy, PolicySpec
+from raylign.trainers.online.ranks import Ranks
 from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
 from raylign.trainers.stages import ALGORITHMS, OnlineStage
 
@@ -64,8 +65,8 @@ def _digest(policy: Policy) -> str:
 
 def test_log_probs_are_those_of_each_row_alone(tiny_model: Path, samples: list[TrainSample]) -> None:
     model = open_base(tiny_model).eval()
-    together = logprobs_of(model, samples, 0.7, 10_000, "cpu")
-    one_by_one = logprobs_of(model, samples, 0.7, 1, "cpu")
+    together = logprobs_of(model, samples, 0.7, 10_000, Ranks("cpu"))
+    one_by_one = logprobs_of(model, samples, 0.7, 1, Ranks("cpu"))
     for sample, got, alone in zip(samples, together, one_by_one, strict=True):
         ids = torch.from_numpy(np.concatenate([sample.prompt, sample.tokens]).astype(np.int64))[None]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""PPO on real Ray: the critic has a place and a process of its own, learns, and is told of."""
+"""PPO on real Ray: the critic has places and processes of its own, learns, and is told of."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from raylign.trainers.recipe import load_recipe
 from .runs import start
 
 
-def test_a_critic_has_an_actor_of_its_own(tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path) -> None:
+def test_a_critic_has_actors_of_its_own(tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path) -> None:
     import ray
 
     config = load_recipe(
@@ -21,22 +21,22 @@ def test_a_critic_has_an_actor_of_its_own(tiny_grpo: Callable[..., Path], ray_se
             stages__0__steps=2,
             stages__0__kl="null",
             stages__0__minibatches=2,
-            stages__0__critic="{learning_rate: 1e-2, resources: {cpus: 0.25}}",
+            stages__0__critic="{learning_rate: 1e-2, resources: {ranks: 2, cpus: 0.25}}",
         )
     )
-    asked = {demand.role: demand.cpus for demand in demands(config.stages[0])}
-    assert asked["critic"] == 0.25
+    asked = {demand.role: (demand.count, demand.cpus) for demand in demands(config.stages[0])}
+    assert asked["critic"] == (2, 0.25)
     seen: list[Any] = []
 
     def look(run: RunDir, done: int) -> None:
-        ray.get_actor("valued/ppo/critic")
+        ray.get_actor("valued/ppo/critic-1")
         seen.append(run.status()["workers"])
 
     run, summary = start(config, tmp_path, look)
     assert summary["status"] == "succeeded"
-    assert all(workers["critic"] == 1 for workers in seen)
+    assert all((workers["policy"], workers["critic"]) == (1, 2) for workers in seen)
     first, second = run.all_metrics()
     assert first["updates"] == second["updates"] == 2
     assert second["value/loss"] < first["value/loss"]
     lanes = {(span["lane"], span["what"]) for span in run.events("span")}
-    assert ("critic", "values") in lanes
+    assert ("critic-0", "values") in lanes

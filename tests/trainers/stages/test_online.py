@@ -104,6 +104,16 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"type": "ppo", "advantage": "returns"}, "critic: advantage returns asks no values"),
         ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
         ({"loss": "ppo"}, "'clipped', 'cispo' or 'preference'"),
+        ({"reference": "adapter_off"}, "reference adapter_off: the stage begins with no adapter block, so the policy"),
+        ({"reference": "adapter_off", "adapter": {"path": "a"}}, "the stage begins with the adapter a, so the policy"),
+        ({"policy": {"ranks": 0}}, "greater than or equal to 1"),
+        ({"policy": {"gpus": 2}}, "gpus 2: a rank computes on one GPU; take gpus: 1 and more ranks"),
+        ({"policy": {"ranks": 2, "gpus": 0.5}}, "gpus 0.5 with ranks 2: nccl takes no two ranks on one GPU; take gpus"),
+        (
+            {"policy": {"ranks": 65}, "minibatches": 2},
+            "policy.ranks 65: an update has 64 completions (batch_size 128 over minibatches 2), so some ranks would",
+        ),
+        ({"type": "ppo", "critic": {"resources": {"ranks": 129}}}, "critic.resources.ranks 129: an update has 128"),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -1,0 +1,86 @@
+"""The processes that hold one model together: its weights in shards (FSDP2), a part of every update's rows for each.
+
+Loss and gradient are sums over ranks of shares of the whole update, so they do not depend on how many there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ...cluster.process_group import Seat, take
+from .batch import MicroBatch, rank_batches
+from .layers import decoder_layers, recompute_activations
+
+_T = TypeVar("_T")
+
+
+class Ranks:
+    """This process as a rank of a group, or alone, without a group. What all ranks must call together says so."""
+
+    def __init__(self, device: str, seat: Seat | None = None) -> None:
+        self.device = device
+        self.rank, self.size = (seat.rank, seat.size) if seat else (0, 1)
+        if seat:
+            take(seat, device)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is this rank that writes files and publishes."""
+        return self.rank == 0
+
+    def spread(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
+        """The model on this rank's device, of which each rank keeps a shard of every parameter; all call it.
+
+        With `recompute`, layers are computed again in the backward instead of keeping their activations.
+        """
+        if recompute:
+            recompute_activations(model)
+        if self.size == 1:
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = init_device_mesh(self.device, (self.size,))
+        for part in [*decoder_layers(model), model]:
+            sharded = fully_shard(part, mesh=mesh)
+            assert isinstance(sharded, FSDPModule)
+            sharded.set_gradient_divide_factor(1.0)  # the shares are of the whole update: they are added up
+            sharded.set_force_sum_reduction_for_comms(True)
+        return model
+
+    def batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+        """The micro-batches of this rank, as many as every rank has, of rows that all ranks know."""
+        return rank_batches(lengths, max_tokens, self.size)[self.rank] if lengths else []
+
+    def gathered(self, item: _T) -> list[_T]:
+        """What every rank gives, in their order; all call it."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def led(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of each tensor on rank 0, and nothing elsewhere; all call it with the same names."""
+        led = {}
+        for name, tensor in tensors.items():
+            gathered = whole(tensor)
+            if self.leads:
+                led[name] = gathered
+        return led
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without its gradient; of a sharded one all of it, which all ranks call for together."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every rank has, on the device of another and sharded as that one is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,25 @@
+"""The critic's model: a body without its vocabulary's head, and a value head on its last hidden state.
+
+Shapes: as in `scoring_model.py`; D the model's width.
+"""
+
+from torch import Tensor, nn
+
+from .scoring_model import Aligned
+
+
+class Valuer(nn.Module):
+    """Gives a value of every position that predicts a token. The head begins at 0, and so do all values."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Aligned) -> Tensor:
+        """Values of a micro-batch, `[B, K]`, in float32."""
+        hidden_BLD = self.body(
+            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
+        ).last_hidden_state
+        return self.head(hidden_BLD[:, batch.first : -1].float())[..., 0]
