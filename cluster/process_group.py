@@ -42,9 +42,9 @@ def take(seat: Seat, device: str) -> None:
     Raises `RuntimeError` where the others do not come within `meet_seconds`.
     """
     dist = distributed()
-    interface = interface_of(_own_address(seat))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    if interface := interface_of(_own_address(seat)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     meeting = timedelta(seconds=seat.meet_seconds)
     store = dist.TCPStore(seat.host, seat.port, is_master=False, timeout=meeting, wait_for_workers=False)
     here = dist.PrefixStore(seat.name, store)
@@ -67,7 +67,7 @@ def _own_address(seat: Seat) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The network interface that has an address; the loopback one for any of 127.0.0.0/8."""
+    """The network interface that has an address, the loopback one for any of 127.0.0.0/8; empty where none has it."""
     import psutil
 
     interfaces = psutil.net_if_addrs()

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..cluster.errors import InputError
 from ..cluster.weights import Tensors, base_digest, load_adapter
+from .quantized import open_nf4
 from .stages import LoraConfig
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def open_model(
 
     Without either all parameters train. Raises `InputError` where base or adapter cannot be read or do not fit.
     """
-    model = open_base(base, dtype=dtype)
+    model = open_base(base, dtype=dtype, quantize=lora.quantize if lora else None)
     if adapter:
         check_adapter(adapter, base)
         return _attach(model, adapter)
@@ -57,12 +58,17 @@ def open_reward_model(base: Path, lora: LoraConfig | None, *, seed: int) -> "Pre
     return _new_adapter(model, lora, seed, task="SEQ_CLS") if lora else model
 
 
-def open_base(base: Path, *, dtype: str = "float32") -> "PreTrainedModel":
-    """The model of a folder, weights from safetensors only. Raises `InputError` where there is none."""
+def open_base(base: Path, *, dtype: str = "float32", quantize: str | None = None) -> "PreTrainedModel":
+    """The model of a folder, weights from safetensors only, perhaps quantised as `LoraConfig` says.
+
+    Raises `InputError` where there is none.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
+        if quantize:
+            return open_nf4(base, dtype=dtype)
         return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"{base} is not a model folder: {str(error).splitlines()[0]}") from error

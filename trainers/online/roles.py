@@ -190,7 +190,9 @@ class Roles:
 
     def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The critic's values `[T]` of each sample, where there is a critic."""
-        return self._ask(self._ranks("critic"), "values", tick, "values", samples)[0]
+        import ray
+
+        return self._ask(self._ranks("critic"), "values", tick, "values", ray.put(samples))[0]
 
     def update(
         self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick

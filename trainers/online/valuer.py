@@ -22,4 +22,4 @@ class Valuer(nn.Module):
         hidden_BLD = self.body(
             input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
         ).last_hidden_state
-        return self.head(hidden_BLD[:, batch.first : -1].float())[..., 0]
+        return self.head(hidden_BLD[:, batch.first : -1].float())[..., 0].clone()  # FSDP hooks it, and no view

@@ -37,6 +37,10 @@ class LoraConfig(Config):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     path: str | None = None
     """Start from this adapter folder instead of a new one."""
+    quantize: Literal["nf4"] | None = None
+    """Online stages: hold the frozen base of policy, reference and critic in 4 bits (QLoRA 2305.14314, double
+    quantisation); needs `raylign[qlora]`. Rollouts sample from the adapter on the base as it is, which is served, too:
+    the metrics `mismatch/…` show the difference, which the stage's `mismatch` corrects."""
 
 
 class StageBase(Config):

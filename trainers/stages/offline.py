@@ -37,6 +37,16 @@ class TrainStage(StageBase):
             )
         return self
 
+    @model_validator(mode="after")
+    def _base_is_whole(self) -> "TrainStage":
+        adapter = getattr(self, "adapter", None)
+        if adapter and adapter.quantize:
+            raise ValueError(
+                f"adapter.quantize {adapter.quantize}: stages on Ray Train compute with the base in float32; leave it "
+                "out, online stages have it"
+            )
+        return self
+
 
 class CptStage(TrainStage):
     """Continued pre-training (or from random weights) on raw text, all parameters; every token counts."""

@@ -31,6 +31,16 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
     return (gaps / sum(float((theirs[n].astype(np.float64) ** 2).sum()) for n in theirs)) ** 0.5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_share_a_quantised_base(dtype: str, pair: Group, tiny_model: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    adapter, policy = {"r": 4, "quantize": "nf4"}, {"ranks": 2, "activation_checkpointing": True}
+    given = spec(tiny_model, dtype, adapter=adapter, policy=policy, micro_batch_tokens=12)
+    alone, (first, second) = train(None, given, [samples()]), pair.do(train, spec=given, updates=[samples()])
+    assert distance(first["gradient"], alone["gradient"]) < (1e-6 if dtype == "float32" else 1e-2)
+    assert first["metrics"] == second["metrics"]
+
+
 @pytest.mark.parametrize("trained", [LORA, FULL], ids=["lora", "full"])
 def test_two_ranks_have_the_gradient_of_one(trained: dict[str, Any], pair: Group, tiny_model: Path) -> None:
     given = spec(tiny_model, **trained, micro_batch_tokens=12, entropy_bonus=0.1)
