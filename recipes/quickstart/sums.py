@@ -116,8 +116,11 @@ def _demonstration(a: int, b: int, reply: str) -> dict[str, list[dict[str, str]]
 
 
 def _preference(a: int, b: int, rng: random.Random) -> dict[str, str]:
-    """A right answer before a wrong one; each is worked half of the time, so the form does not tell them apart."""
-    right = worked(a, b) if rng.random() < 0.5 else short(a, b)
+    """A right answer before a wrong one, in the forms that a policy's right and wrong answers have.
+
+    Blurting a number out is seldom right, so most right answers are worked; half of the wrong ones are too.
+    """
+    right = worked(a, b) if rng.random() < 0.9 else short(a, b)
     return {"prompt": f"{a}+{b}", "chosen": right, "rejected": _wrong(a, b, rng)}
 
 

@@ -82,15 +82,15 @@ def trained_on(out: Path) -> set[str]:
     return found | {row["prompt"] for name in ("prompts", "preferences") for row in rows(out / f"{name}.jsonl")}
 
 
-def test_a_preference_is_right_before_wrong_and_form_does_not_tell(sums: ModuleType, tmp_path: Path) -> None:
+def test_a_preference_is_right_before_wrong_in_the_forms_of_a_policys_answers(sums: ModuleType, tmp_path: Path) -> None:
     sums.prepare(tmp_path, 3, **SMALL | {"preferences": 1000})
     pairs = rows(tmp_path / "preferences.jsonl")
     for pair in [*pairs, *rows(tmp_path / "held_out_preferences.jsonl")]:
         row = {"answer": str(sum(map(int, pair["prompt"].split("+"))))}
         assert sums.exact_match(pair["chosen"], row) == 1.0
         assert sums.exact_match(pair["rejected"], row) == 0.0
-    for side in ("chosen", "rejected"):
-        assert 430 < sum(";" in pair[side] for pair in pairs) < 570
+    for side, share in (("chosen", 0.9), ("rejected", 0.5)):
+        assert abs(sum(";" in pair[side] for pair in pairs) - 1000 * share) < 70
     assert {p["prompt"] for p in rows(tmp_path / "held_out_preferences.jsonl")}.isdisjoint(trained_on(tmp_path))
 
 

@@ -89,7 +89,7 @@ def test_it_leaves_a_model_folder_and_the_policy_as_it_was(rlhf: tuple[RunDir, d
     from transformers import AutoModelForSequenceClassification
 
     run, _ = rlhf
-    sft, made, rloo = finished(run)
+    sft, made, ppo = finished(run)
     folder = run / "models" / "1-reward_model"
     assert made.reward_model == str(folder)
     assert made.digest == base_digest(folder)
@@ -100,11 +100,11 @@ def test_it_leaves_a_model_folder_and_the_policy_as_it_was(rlhf: tuple[RunDir, d
 
     assert (made.base, made.adapter) == (sft.base, sft.adapter)
     assert {row["digest"] for row in samples(run, 0)} == {sft.digest}
-    assert rloo.base == sft.base
+    assert ppo.base == sft.base
 
 
 def samples(run: RunDir, step: int) -> list[dict[str, Any]]:
-    return pq.read_table(run / f"samples/rloo/step-{step:06d}.parquet").to_pylist()
+    return pq.read_table(run / f"samples/ppo/step-{step:06d}.parquet").to_pylist()
 
 
 def test_its_rewards_are_those_of_the_saved_model(rlhf: tuple[RunDir, dict[str, Any]]) -> None:
