@@ -75,9 +75,7 @@ class Critic:
         }
 
     def _values(self, batch: "Aligned") -> "Tensor":
-        hidden_BLD = self._body(
-            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
-        ).last_hidden_state
+        hidden_BLD = self._body(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
         return self._head(hidden_BLD[:, batch.first : -1].float())[..., 0]
 
     def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:

@@ -5,21 +5,25 @@ Shapes: B rows, L longest row, K positions kept for the loss (from the shortest 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .batch import TrainSample, micro_batches, pad
-from .losses import token_logprobs
+from .head import Head, token_logprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """A micro-batch as tensors; everything `[B, K]` is aligned with the tokens the model predicts there."""
+    """A micro-batch as tensors; everything `[B, K]` is aligned with the tokens the model predicts there.
+
+    There is no attention mask: what pads a row stands on its right, where no token of a causal model sees it.
+    """
 
     ids_BL: Tensor
-    attention_BL: Tensor
     first: int
     """The position whose logits are the first that count."""
     targets_BK: Tensor
@@ -40,7 +44,6 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
     ids = pad([np.concatenate([s.prompt, s.tokens]).astype(np.int64) for s in samples], length)
-    attention = pad([np.ones(s.length, np.int64) for s in samples], length)
 
     def at_completion(rows: Sequence[np.ndarray]) -> Tensor:
         out = np.zeros((len(samples), length - 1 - first), np.float32)
@@ -58,7 +61,6 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
     ids_BL = torch.from_numpy(ids).to(device)
     return Aligned(
         ids_BL=ids_BL,
-        attention_BL=torch.from_numpy(attention).to(device),
         first=first,
         targets_BK=ids_BL[:, first + 1 :],
         mask_BK=at_completion([np.ones(len(s.tokens), np.float32) for s in samples]),
@@ -74,12 +76,19 @@ def align(samples: Sequence[TrainSample], device: torch.device | str) -> Aligned
 def completion_logprobs(
     model: nn.Module, batch: Aligned, temperature: float, *, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the completion tokens and the entropies there, `[B, K]`; logits only where they count."""
-    keep = batch.ids_BL.shape[1] - batch.first
-    logits = model(
-        input_ids=batch.ids_BL, attention_mask=batch.attention_BL, logits_to_keep=keep, use_cache=False
-    ).logits
-    return token_logprobs(logits[:, :-1], batch.targets_BK, temperature, entropy_gradient=entropy_gradient)
+    """Log-probs of the completion tokens and the entropies there, `[B, K]`; 0 where none stands."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    hidden_BLD = whole.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
+    on_BK = batch.mask_BK > 0
+    logprobs_N, entropy_N = token_logprobs(
+        hidden_BLD[:, batch.first : -1][on_BK],
+        batch.targets_BK[on_BK],
+        Head.of(whole),
+        temperature,
+        entropy_gradient=entropy_gradient,
+    )
+    empty_BK = torch.zeros_like(batch.mask_BK)
+    return empty_BK.masked_scatter(on_BK, logprobs_N), empty_BK.masked_scatter(on_BK, entropy_N)
 
 
 @torch.no_grad()
