@@ -19,16 +19,11 @@ def lora() -> Any:
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def trainer(folder: Path, *, adapter: bool, output: Path, **settings: Any) -> Any:
-    """A trainer without data of its own: fp32 on the CPU, DAPO's aggregation, no KL; `settings` go to `GRPOConfig`."""
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    from trl import GRPOConfig, GRPOTrainer
+def config_of(output: Path, **settings: Any) -> Any:
+    """A `GRPOConfig` in fp32 on the CPU with DAPO's aggregation and without a KL."""
+    from trl import GRPOConfig
 
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="a"))
-    config = GRPOConfig(
+    return GRPOConfig(
         output_dir=str(output),
         use_cpu=True,
         bf16=False,
@@ -39,6 +34,18 @@ def trainer(folder: Path, *, adapter: bool, output: Path, **settings: Any) -> An
         max_grad_norm=1.0,
         **settings,
     )
+
+
+def trainer(folder: Path, *, adapter: bool, **settings: Any) -> Any:
+    """A trainer without data of its own; `settings` go to `GRPOConfig`."""
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import GRPOTrainer
+
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="a"))
+    config = config_of(folder / "trl", **settings)
     return GRPOTrainer(
         model=load_model(folder, "fp32"),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -57,7 +64,6 @@ class TrlUpdate:
         self.trainer = trainer(
             folder,
             adapter=adapter,
-            output=folder / "trl",
             per_device_train_batch_size=micro_rows,
             gradient_accumulation_steps=self.parts,
             gradient_checkpointing=checkpointing,

@@ -30,7 +30,7 @@ PEERS = ("trl", "trl-whole", "trl-defaults")
 _ROWS_AND_MEDIAN = {
     ("1M", 32): (64, 64),
     ("1M", 512): (32, 64),
-    ("25M", 32): (32, 32),
+    ("25M", 32): (16, 32),
     ("25M", 512): (8, 32),
 }
 """By size of the model and of the prompt; chosen so that ten pairs take minutes on one core."""

@@ -51,7 +51,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         costs = np.where(fits, least[:end] + padded + _BATCH_COSTS, np.iinfo(np.int64).max)
         starts[end] = costs.argmin()
         least[end] = costs[starts[end]]
-    batches, end = [], len(order)
+    batches: list[list[int]] = []
+    end = len(order)
     while end:
         batches.append(order[starts[end] : end])
         end = int(starts[end])
