@@ -3,7 +3,8 @@
 Shapes: B rows, L longest row, K positions kept for the loss (from the shortest prompt's last token on), V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +79,36 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens and the entropies there, `[B, K]`; 0 where none stands."""
     whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    hidden_BLD = whole.base_model(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
     on_BK = batch.mask_BK > 0
-    logprobs_N, entropy_N = token_logprobs(
-        hidden_BLD[:, batch.first : -1][on_BK],
-        batch.targets_BK[on_BK],
-        Head.of(whole),
-        temperature,
-        entropy_gradient=entropy_gradient,
-    )
+
+    def forward(input_ids: Tensor, **_: None) -> tuple[Tensor, Tensor]:
+        hidden_BLD = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return token_logprobs(
+            hidden_BLD[:, batch.first : -1][on_BK],
+            batch.targets_BK[on_BK],
+            Head.of(whole),
+            temperature,
+            entropy_gradient=entropy_gradient,
+        )
+
+    with _instead_of_logits(whole, forward):
+        logprobs_N, entropy_N = model(input_ids=batch.ids_BL)
     empty_BK = torch.zeros_like(batch.mask_BK)
     return empty_BK.masked_scatter(on_BK, logprobs_N), empty_BK.masked_scatter(on_BK, entropy_N)
+
+
+@contextmanager
+def _instead_of_logits(whole: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a model another forward. It is called through whatever is around the model, which may have to gather its
+    weights first."""
+    before = vars(whole).get("forward")
+    whole.forward = forward
+    try:
+        yield
+    finally:
+        del whole.forward
+        if before is not None:  # such as the one that moves what goes in to the model's device
+            whole.forward = before
 
 
 @torch.no_grad()
