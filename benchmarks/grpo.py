@@ -94,9 +94,8 @@ def prepared(plan: Plan, root: Path) -> Start:
         stage["warmup_steps"] = min(stage.get("warmup_steps", 5), steps)
     kept = {key: recipe[key] for key in ("seed", "prepare", "model", "cluster")}
     run = _raylign(root, {**kept, "name": "start", "stages": recipe["stages"][:2]})
-    last = json.loads((run / "progress.json").read_text())["stages"][-1]
-    (prompts,) = run.rglob("prompts.jsonl")
-    return Start(base=Path(last["base"]), adapter=Path(last["adapter"]), prompts=prompts)
+    last = json.loads((run / "progress.json").read_text())[-1]
+    return Start(base=Path(last["base"]), adapter=Path(last["adapter"]), prompts=run / "prepared/prompts.jsonl")
 
 
 def _raylign(root: Path, recipe: dict[str, Any]) -> Path:
@@ -123,12 +122,11 @@ def _in_a_process(command: list[str], folder: Path) -> None:
         raise RuntimeError(f"{command[:3]} ended with {done.returncode}: …{log.read_text()[-2000:]}")
 
 
-def _ours(plan: Plan, start: Start, folder: Path, seed: int) -> list[dict[str, float]]:
-    """A run of the quickstart's GRPO stage; what its steps say."""
-    shutil.copytree(_RECIPE.with_name("quickstart"), folder / "quickstart")
+def recipe_of(plan: Plan, start: Start, seed: int) -> dict[str, Any]:
+    """The quickstart's GRPO stage alone, with what TRL has not switched off: KL, dual clip, the engine's correction."""
     recipe = yaml.safe_load(_RECIPE.read_text())
     stage = recipe["stages"][2] | {
-        "adapter": {"r": 16, "alpha": 32, "path": str(start.adapter)},
+        "adapter": {"path": str(start.adapter)},
         "data": {"path": str(start.prompts), "format": "prompt"},
         "steps": plan.steps,
         "batch_size": plan.batch,
@@ -139,11 +137,18 @@ def _ours(plan: Plan, start: Start, folder: Path, seed: int) -> list[dict[str, f
         "clip": {"dual": None},
         "mismatch": None,
         "kl": None,
+        "policy": {"cpus": len(_CORES)},
     }
     stage["rollout"] |= {"group_size": plan.group, "sampling": {"temperature": 1.0, "max_tokens": plan.max_tokens}}
+    model = {"path": str(start.base)}
+    return {"name": "grpo", "seed": seed, "model": model, "cluster": recipe["cluster"], "stages": [stage]}
+
+
+def _ours(plan: Plan, start: Start, folder: Path, seed: int) -> list[dict[str, float]]:
+    """A run of it; what its steps say."""
+    shutil.copytree(_RECIPE.with_name("quickstart"), folder / "quickstart")
     began = time.time()
-    kept = {"name": "grpo", "seed": seed, "model": {"path": str(start.base)}, "cluster": recipe["cluster"]}
-    run = _raylign(folder, {**kept, "stages": [stage]})
+    run = _raylign(folder, recipe_of(plan, start, seed))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {

@@ -34,8 +34,8 @@ class Critic:
         from .learner import Learner
 
         assert spec.stage.critic, "a stage without a critic starts none"
-        torch.set_num_threads(1)
         self._stage, self._config = spec.stage, spec.stage.critic
+        torch.set_num_threads(max(1, int(self._config.resources.cpus)))
         self._device = device_of(self._config.resources.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model

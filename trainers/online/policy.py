@@ -27,7 +27,7 @@ class PolicySpec:
 
 
 class Policy:
-    """The model that learns. One rank; CPU or GPU.
+    """The model that learns. One rank; GPU, or a CPU with as many threads as it reserves whole cores.
 
     It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
     sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
@@ -40,7 +40,7 @@ class Policy:
         from ..adapters import Exporter, open_model
         from .learner import Learner
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(spec.stage.policy.cpus)))
         self._spec = spec
         self._device = device_of(spec.stage.policy.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
@@ -131,7 +131,7 @@ class Reference:
 
         from ..adapters import open_model
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(spec.stage.reference.cpus)))
         self._spec = spec
         self._device = device_of(spec.stage.reference.gpus)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
