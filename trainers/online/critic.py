@@ -75,8 +75,8 @@ class Critic:
         }
 
     def _values(self, batch: "Aligned") -> "Tensor":
-        hidden_BLD = self._body(input_ids=batch.ids_BL, use_cache=False).last_hidden_state
-        return self._head(hidden_BLD[:, batch.first : -1].float())[..., 0]
+        hidden_BLD = self._body(input_ids=batch.ids_BL[:, :-1], use_cache=False).last_hidden_state
+        return self._head(hidden_BLD[:, batch.first :].float())[..., 0]
 
     def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
         from .losses import Totals, joined, value_loss

@@ -84,7 +84,7 @@ def completion_logprobs(
     def forward(input_ids: Tensor, **_: None) -> tuple[Tensor, Tensor]:
         hidden_BLD = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         return token_logprobs(
-            hidden_BLD[:, batch.first : -1][on_BK],
+            hidden_BLD[:, batch.first :][on_BK],
             batch.targets_BK[on_BK],
             Head.of(whole),
             temperature,
@@ -92,7 +92,7 @@ def completion_logprobs(
         )
 
     with _instead_of_logits(whole, forward):
-        logprobs_N, entropy_N = model(input_ids=batch.ids_BL)
+        logprobs_N, entropy_N = model(input_ids=batch.ids_BL[:, :-1])  # nothing is predicted from a last token
     empty_BK = torch.zeros_like(batch.mask_BK)
     return empty_BK.masked_scatter(on_BK, logprobs_N), empty_BK.masked_scatter(on_BK, entropy_N)
 
