@@ -110,16 +110,21 @@ def _in_a_process(command: list[str], folder: Path) -> None:
     """On all cores, whatever this process is bound to. Raises `RuntimeError` with its last words where it fails."""
     log = folder / "log"
     with log.open("a") as out:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             stdout=out,
             stderr=out,
-            timeout=_SECONDS,
             preexec_fn=lambda: os.sched_setaffinity(0, _CORES),
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
         )
-    if done.returncode:
-        raise RuntimeError(f"{command[:3]} ended with {done.returncode}: …{log.read_text()[-2000:]}")
+        try:
+            code = process.wait(_SECONDS)
+        except BaseException:
+            process.terminate()  # a run ends its Ray then
+            process.wait(60)
+            raise
+    if code:
+        raise RuntimeError(f"{command[:3]} ended with {code}: …{log.read_text()[-2000:]}")
 
 
 def recipe_of(plan: Plan, start: Start, seed: int) -> dict[str, Any]:
