@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, exact, faults, group_prefill, mixed_adapters, results, rollout, sync
+from . import controller, exact, faults, group_prefill, grpo, mixed_adapters, results, rollout, sync, update
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -21,6 +21,8 @@ BENCHMARKS = {
     "sync": sync,
     "controller": controller,
     "faults": faults,
+    "update": update,
+    "grpo": grpo,
 }
 _QUICK_PAIRS = 2
 

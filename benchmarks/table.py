@@ -17,12 +17,18 @@ the same weights, dtype and requests; who begins alternates. `ratio` is the medi
 theirs (above 1 is better), with its range, and again by the CPU seconds of each side, which other load on the machine
 changes little. `limit` is ours as a share of what the machine allows at most: for rates, all matrix products of the
 model's own shapes alone at the best speed torch reaches (measured before every pair; compared by CPU seconds too); for
-`group_prefill`, the ratio G(p+c)/(p+Gc).
+`group_prefill`, the ratio G(p+c)/(p+Gc). For `update` the products are those of forward and backward, with the prompt
+of a group once and the head at completion tokens.
 
 EOS is off, sampling is at T = 1, and only tokens that a request asked for count. Prompts are new in every pair, so no
 cache knows them. Lognormal lengths have sigma 0.8 and are clipped to median/8 … 4 median; the sizes of each case stand
 in the JSON, with every pair. `generate` is TRL's GRPO path: one left-padded batch, to the longest completion. vLLM and
 ours also return the log-prob of every token, the others do not.
+
+`update`: TRL's loss path without gradient checkpointing in micro-batches of eight (`trl`) or in one (`trl-whole`), and
+with checkpointing (`trl-defaults`), its default. A real token is one of a sample, not padding. Gradients are compared
+before anything is measured, and their gap and the peaks of memory stand in the JSON. `grpo`: a pair is a whole run of
+each side on all cores, with its number as seed; phases, curves and time to a reward stand in the JSON.
 """
 
 _CHAOS = """\

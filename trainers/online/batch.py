@@ -74,20 +74,33 @@ def _shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+_BATCH_COSTS = 256
+"""A micro-batch takes as long as so many tokens, beside those in it."""
+
+
 def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut rows into batches of at most `max_tokens` padded tokens, rows of like length together.
+    """Cut rows into batches of at most `max_tokens` padded tokens, rows of like length together, at the least cost:
+    that of all padded tokens and of the batches themselves.
 
     Longest first, so that memory runs out in the first micro-batch or never. A row longer than `max_tokens` is a batch
     of its own. Which rows meet depends on the lengths alone, so it is the same in every run.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    longest = np.array([lengths[i] for i in order], np.int64)
+    least, starts = np.zeros(len(order) + 1, np.int64), np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):  # the best cut of the first `end` rows, by where its last batch starts
+        padded = longest[:end] * np.arange(end, 0, -1)
+        fits = padded <= max_tokens
+        fits[-1] = True
+        costs = np.where(fits, least[:end] + padded + _BATCH_COSTS, np.iinfo(np.int64).max)
+        starts[end] = costs.argmin()
+        least[end] = costs[starts[end]]
     batches: list[list[int]] = []
-    for i in order:
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    end = len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = int(starts[end])
+    return batches[::-1]
 
 
 def pad(rows: Sequence[np.ndarray], length: int, fill: float = 0) -> np.ndarray:

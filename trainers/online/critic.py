@@ -31,8 +31,8 @@ class Critic:
         from .valuer import Valuer
 
         assert spec.stage.critic, "a stage without a critic starts none"
-        torch.set_num_threads(1)
         self._stage, self._config = spec.stage, spec.stage.critic
+        torch.set_num_threads(max(1, int(self._config.resources.cpus)))
         self._ranks = Ranks(device_of(self._config.resources.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,6 +1,6 @@
 """Policy losses and what they are made of: tensors in, `(loss, metrics)` out.
 
-Shapes: B samples, T completion positions, V vocabulary. Losses are sums divided by `Totals` of the whole optimizer
+Shapes: B samples, T completion positions. Losses are sums divided by `Totals` of the whole optimizer
 step: so a gradient does not depend on how a step is cut into micro-batches or spread over ranks. Metrics are shares of
 the step's, to be added up; `joined` does.
 """
@@ -67,20 +67,6 @@ class LossSettings(NamedTuple):
             kl=(kl_coefficient, kl.estimator) if kl else None,
             entropy_bonus=stage.entropy_bonus,
         )
-
-
-def token_logprobs(
-    logits_BTV: Tensor, tokens_BT: Tensor, temperature: float, *, entropy_gradient: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token under the distribution it was sampled from, and that distribution's entropy; `[B, T]`.
-
-    Logits are taken to fp32 before the softmax (ScaleRL 2510.13786). The distribution is that of the temperature alone
-    (above 0), without top-p or top-k. The entropy has a gradient only when asked: its graph is large.
-    """
-    logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy_BT = -(logp_BTV.exp() * logp_BTV).sum(-1)
-    return logp_BTV.gather(-1, tokens_BT[..., None])[..., 0], entropy_BT
 
 
 def kl_penalty(logprobs_BT: Tensor, reference_BT: Tensor, estimator: Estimator) -> Tensor:

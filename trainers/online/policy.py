@@ -28,7 +28,9 @@ class PolicySpec:
 
 
 class Policy:
-    """The model that learns: one rank of it, CPU or GPU. What its methods do, all ranks do together.
+    """The model that learns: one rank of it; GPU, or a CPU with as many threads as it reserves whole cores.
+
+    What its methods do, all ranks do together.
 
     It computes as the engine does, without dropout anywhere: its log-probs are those of the distribution that was
     sampled from, and an update depends on its samples alone, so a resume needs no state of a random generator.
@@ -41,7 +43,7 @@ class Policy:
         from .learner import Learner
         from .ranks import Ranks
 
-        torch.set_num_threads(1)
+        torch.set_num_threads(max(1, int(spec.stage.policy.cpus)))
         self._spec = spec
         self._ranks = Ranks(device_of(spec.stage.policy.gpus), seat)
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
@@ -155,10 +157,11 @@ class Reference:
         from ..adapters import open_model
         from .ranks import Ranks
 
-        torch.set_num_threads(1)
-        self._spec = spec
         own = spec.stage.reference_role
-        self._ranks = Ranks(device_of(own.gpus if own else 0))
+        assert own, "a stage without a reference of its own starts none"
+        torch.set_num_threads(max(1, int(own.cpus)))
+        self._spec = spec
+        self._ranks = Ranks(device_of(own.gpus))
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
         self._model = self._ranks.spread(model).eval()
 

@@ -3,24 +3,29 @@
 Shapes: B rows, L longest row, K positions kept for the loss (from the shortest prompt's last token on), V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from .batch import TrainSample, pad
-from .losses import token_logprobs
+from .head import Head, token_logprobs
 from .ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """A micro-batch as tensors; everything `[B, K]` is aligned with the tokens the model predicts there."""
+    """A micro-batch as tensors; everything `[B, K]` is aligned with the tokens the model predicts there.
+
+    There is no attention mask: what pads a row stands on its right, where no token of a causal model sees it.
+    """
 
     ids_BL: Tensor
-    attention_BL: Tensor
     first: int
     """The position whose logits are the first that count."""
     targets_BK: Tensor
@@ -43,7 +48,6 @@ def align(samples: Sequence[TrainSample], device: torch.device | str, *, counts:
     length = max(s.length for s in samples)
     first = min(len(s.prompt) for s in samples) - 1
     ids = pad([np.concatenate([s.prompt, s.tokens]).astype(np.int64) for s in samples], length)
-    attention = pad([np.ones(s.length, np.int64) for s in samples], length)
 
     def at_completion(rows: Sequence[np.ndarray]) -> Tensor:
         out = np.zeros((len(samples), length - 1 - first), np.float32)
@@ -61,7 +65,6 @@ def align(samples: Sequence[TrainSample], device: torch.device | str, *, counts:
     ids_BL = torch.from_numpy(ids).to(device)
     return Aligned(
         ids_BL=ids_BL,
-        attention_BL=torch.from_numpy(attention).to(device),
         first=first,
         targets_BK=ids_BL[:, first + 1 :],
         mask_BK=at_completion([np.full(len(s.tokens), counts, np.float32) for s in samples]),
@@ -77,12 +80,38 @@ def align(samples: Sequence[TrainSample], device: torch.device | str, *, counts:
 def completion_logprobs(
     model: nn.Module, batch: Aligned, temperature: float, *, entropy_gradient: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the completion tokens and the entropies there, `[B, K]`; logits only where they count."""
-    keep = batch.ids_BL.shape[1] - batch.first
-    logits = model(
-        input_ids=batch.ids_BL, attention_mask=batch.attention_BL, logits_to_keep=keep, use_cache=False
-    ).logits
-    return token_logprobs(logits[:, :-1], batch.targets_BK, temperature, entropy_gradient=entropy_gradient)
+    """Log-probs of the completion tokens and the entropies there, `[B, K]`; 0 where none stands."""
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    on_BK = batch.mask_BK > 0
+
+    def forward(input_ids: Tensor, **_: None) -> tuple[Tensor, Tensor]:
+        hidden_BLD = whole.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return token_logprobs(
+            hidden_BLD[:, batch.first :][on_BK],
+            batch.targets_BK[on_BK],
+            Head.of(whole),
+            temperature,
+            entropy_gradient=entropy_gradient,
+        )
+
+    with _instead_of_logits(whole, forward):
+        logprobs_N, entropy_N = model(input_ids=batch.ids_BL[:, :-1])  # nothing is predicted from a last token
+    empty_BK = torch.zeros_like(batch.mask_BK)
+    return empty_BK.masked_scatter(on_BK, logprobs_N), empty_BK.masked_scatter(on_BK, entropy_N)
+
+
+@contextmanager
+def _instead_of_logits(whole: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a model another forward. It is called through whatever is around the model, which may have to gather its
+    weights first."""
+    before = vars(whole).get("forward")
+    whole.forward = forward
+    try:
+        yield
+    finally:
+        del whole.forward
+        if before is not None:  # such as the one that moves what goes in to the model's device
+            whole.forward = before
 
 
 @torch.no_grad()

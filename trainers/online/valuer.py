@@ -19,7 +19,5 @@ class Valuer(nn.Module):
 
     def forward(self, batch: Aligned) -> Tensor:
         """Values of a micro-batch, `[B, K]`, in float32."""
-        hidden_BLD = self.body(
-            input_ids=batch.ids_BL, attention_mask=batch.attention_BL, use_cache=False
-        ).last_hidden_state
-        return self.head(hidden_BLD[:, batch.first : -1].float())[..., 0].clone()  # FSDP hooks it, and no view
+        hidden_BLD = self.body(input_ids=batch.ids_BL[:, :-1], use_cache=False).last_hidden_state
+        return self.head(hidden_BLD[:, batch.first :].float())[..., 0].clone()  # FSDP hooks it, and no view

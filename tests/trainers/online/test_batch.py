@@ -1,5 +1,7 @@
 """Micro-batches cover every row once, within their budget."""
 
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 from raylign.trainers.online.batch import micro_batches, pad, rank_batches
@@ -16,6 +18,26 @@ def test_every_row_once_and_no_batch_over_its_budget(budget: int) -> None:
     batches = micro_batches(lengths, budget)
     assert sorted(i for b in batches for i in b) == list(range(50))
     assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= budget for b in batches)
+
+
+def padded(lengths: list[int], batches: list[list[int]]) -> int:
+    return sum(len(b) * max(lengths[i] for i in b) for b in batches)
+
+
+def test_rows_are_cut_where_padding_costs_more_than_another_batch() -> None:
+    # one batch pads to 8 · 400; a second one costs 256 and leaves 4 · 400 + 4 · 300
+    assert micro_batches([400, 300] * 4, 10_000) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert micro_batches([400, 340] * 4, 10_000) == [[0, 2, 4, 6, 1, 3, 5, 7]]
+    assert micro_batches([], 10) == []
+
+
+def test_the_cut_costs_least_of_all() -> None:
+    lengths = np.random.default_rng(1).integers(50, 600, size=9).tolist()
+    order = sorted(range(9), key=lambda i: (-lengths[i], i))
+    every = [[order[a:b] for a, b in pairwise([0, *cut, 9])] for n in range(9) for cut in combinations(range(1, 9), n)]
+    allowed = [bs for bs in every if all(padded(lengths, [b]) <= 1500 for b in bs)]
+    found = micro_batches(lengths, 1500)
+    assert padded(lengths, found) + 256 * len(found) == min(padded(lengths, bs) + 256 * len(bs) for bs in allowed)
 
 
 def test_pad_fills_on_the_right() -> None:

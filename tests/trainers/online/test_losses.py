@@ -16,7 +16,6 @@ from raylign.trainers.online.losses import (
     kl_penalty,
     policy_loss,
     preference_loss,
-    token_logprobs,
     token_shares,
     value_loss,
 )
@@ -135,21 +134,6 @@ def test_what_a_loss_needs_and_lacks_is_an_error() -> None:
         policy_loss(tokens()._replace(entropy_BT=None), totals(), LossSettings(entropy_bonus=0.1))
 
 
-def test_the_entropy_bonus_raises_the_entropy() -> None:
-    logits = torch.tensor([[[2.0, 0.0, 0.0]]], requires_grad=True)
-    for wanted in (False, True):
-        logprobs, entropy = token_logprobs(logits, torch.tensor([[0]]), 1.0, entropy_gradient=wanted)
-        assert logprobs.requires_grad
-        assert entropy.requires_grad == wanted
-    t = Tokens(*(logprobs.detach(),) * 3, torch.zeros(1, 1), torch.ones(1, 1), entropy_BT=entropy)
-    loss, _ = policy_loss(t, Totals(1, 1, 1), LossSettings(entropy_bonus=0.5))
-    assert loss.item() == pytest.approx(-0.5 * entropy.item())
-    loss.backward()
-    p = logits.detach().softmax(-1)
-    # dH/dz = −p (log p + H)
-    assert torch.allclose(logits.grad, 0.5 * p * (p.log() + entropy.detach()[..., None]), atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("ratio", "advantage", "expected"),
     [
@@ -230,14 +214,6 @@ def test_mismatch_off_is_logged_and_corrects_nothing() -> None:
     off, metrics = policy_loss(t, totals(), LossSettings(mismatch=None))
     assert off.item() == policy_loss(same, totals(), LossSettings(mismatch=MismatchConfig()))[0].item()
     assert metrics["mismatch/mean"] > 0
-
-
-def test_token_logprobs_mirror_the_temperature() -> None:
-    logits = torch.tensor([[[2.0, 0.0]]])
-    logprobs, entropy = token_logprobs(logits, torch.tensor([[0]]), 2.0)
-    p = 1 / (1 + math.exp(-1))
-    assert logprobs.item() == pytest.approx(math.log(p))
-    assert entropy.item() == pytest.approx(-p * math.log(p) - (1 - p) * math.log(1 - p))
 
 
 @pytest.mark.parametrize("clip", [None, 0.3])

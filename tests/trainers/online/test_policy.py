@@ -236,3 +236,18 @@ def test_the_policy_computes_without_dropout_and_the_same_twice(
     model = policy()._model
     assert not any(module.training for module in model.modules())
     assert policy().update(samples, 0, 0.1) == policy().update(samples, 0, 0.1)
+
+
+def test_a_policy_computes_with_the_cores_it_reserves(
+    policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    before, told = torch.get_num_threads(), []
+    try:
+        for cpus in (0.5, 2, 2):
+            made = policy(policy={"cpus": cpus})
+            assert torch.get_num_threads() == max(1, int(cpus))
+            told.append((made.update(samples, 0, 0.1), _digest(made)))
+    finally:
+        torch.set_num_threads(before)
+    assert told[1] == told[2]
+    assert told[0][0] == pytest.approx(told[1][0], rel=1e-4)
