@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from .batch import TrainSample
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
+
+if TYPE_CHECKING:
+    from .shards import Written
 
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
@@ -55,6 +58,8 @@ class Roles:
         self._waits: list[Wait] = []
         self._pulses: dict[str, Any] = {}
         """Open calls on those who learn, which end at once when their processes do."""
+        self._written: dict[str, Written] = {}
+        """What each of them said last of its checkpoints."""
         self.lost: set[str] = set()
         """Who died, hung or failed; `start` begins them anew after `end`."""
 
@@ -129,15 +134,20 @@ class Roles:
         return True
 
     def look_after(self) -> None:
-        """Notice the death of one who learns while nothing is asked of it. Raises `WorkerLost`."""
+        """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead.
+
+        Raises `WorkerLost`, and `RunFailed` where one could not write.
+        """
         import ray
 
         for name in self.learners():
-            pulse = self._pulses.setdefault(name, self._actors[name].__ray_ready__.remote())
-            if ray.wait([pulse], timeout=0)[0]:
-                del self._pulses[name]
+            if name not in self._pulses:
+                self._pulses[name] = self._actors[name].written.remote()
+            if ray.wait([self._pulses[name]], timeout=0)[0]:
+                pulse = self._pulses.pop(name)
                 with self._waiting(name, "a sign of life"):
-                    calls.get(pulse, actor=name, what="its idle time", timeout=0)
+                    told = calls.get(pulse, actor=name, what="its idle time", timeout=0)
+                self._written |= {name: told} if told else {}
 
     def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
         """Groups with rewards, in order; scorers work side by side."""
@@ -181,9 +191,22 @@ class Roles:
         return self._ask("policy-0", f"publishing version {version}", tick, "publish", version, workers)
 
     def save(self, folder: Path, *, tick: Tick) -> None:
-        """Have policy and critic write their state."""
+        """Have those who learn copy their state, and write it into the folder from then on."""
+        refs = {name: self._actors[name].save.remote(folder) for name in self.learners()}
+        self._pulses.clear()  # what they say of the checkpoint before
+        for name, ref in refs.items():
+            self._answer(name, "a checkpoint", tick, ref)
+
+    def written(self, folder: Path) -> "list[Written] | None":
+        """What they wrote into the folder since `save`, once `look_after` or `finish_writing` has heard it of all."""
+        learners = self.learners()
+        found = [w for name in learners if (w := self._written.get(name)) and w.folder == folder]
+        return found if found and len(found) == len(learners) else None
+
+    def finish_writing(self, *, tick: Tick) -> None:
+        """Wait until what `save` began is on the disk. Raises `RunFailed` where it could not be written."""
         for name in self.learners():
-            self._ask(name, "a checkpoint", tick, "save", folder)
+            self._written[name] = self._ask(name, "writing a checkpoint", tick, "written", True)
 
     def load(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic go on from a checkpoint."""
@@ -218,6 +241,7 @@ class Roles:
                 release(placement)
             self._nodes.pop(name, None)
             self._pulses.pop(name, None)
+            self._written.pop(name, None)
         self.lost = set()
 
     def close(self) -> None:
