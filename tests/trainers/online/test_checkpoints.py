@@ -61,14 +61,20 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_torn(small_disk: P
 @pytest.mark.parametrize("damage", ["truncate", "byte", "missing", "manifest", "extra"])
 def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     write_checkpoint(tmp_path, 5, {}, fill("five"))
-    bad = write_checkpoint(tmp_path, 10, {}, fill("ten")).path
+
+    def fill_shard(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy/shard-00001.safetensors").write_text("ten")
+
+    bad = write_checkpoint(tmp_path, 10, {}, fill_shard).path
+    shard = bad / "policy/shard-00001.safetensors"
     match damage:
         case "truncate":
-            (bad / "weights").write_text("te")
+            shard.write_text("te")
         case "byte":
-            (bad / "weights").write_text("tin")
+            shard.write_text("tin")
         case "missing":
-            (bad / "weights").unlink()
+            shard.unlink()
         case "manifest":
             (bad / "manifest.json").write_text("{")
         case "extra":
