@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, exact, faults, group_prefill, mixed_adapters, results, rollout, sync
+from . import checkpoint, controller, exact, faults, group_prefill, mixed_adapters, results, rollout, sync
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "exact": exact,
     "sync": sync,
     "controller": controller,
+    "checkpoint": checkpoint,
     "faults": faults,
 }
 _QUICK_PAIRS = 2

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, HuggingFaceStorageReader
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
@@ -61,7 +62,8 @@ class Shards:
             wait([self._writing])  # it reads the same memory
         first = not _rank(state)
         mine = {key: tensor for key, tensor in state.items() if first or isinstance(tensor, DTensor)}
-        self._writing = self._thread.submit(self._write, self._stager.stage(mine), folder)
+        copied: Any = self._stager.stage(mine)
+        self._writing = self._thread.submit(self._write, copied, folder)
 
     def written(self, *, wait: bool) -> Written | None:
         """What came of the last `begin`; without `wait`, none while it is under way.
@@ -87,7 +89,7 @@ def sizes(folder: Path, name: str) -> dict[str, torch.Size]:
     """The tensors of a state that the ranks of `name` wrote, with their whole sizes; empty where there is none."""
     if not (folder / name).is_dir():
         return {}
-    found: Mapping[str, Any] = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
+    found: Any = HuggingFaceStorageReader(str(folder / name)).read_metadata().state_dict_metadata
     return {key: tensor.size for key, tensor in found.items()}
 
 
@@ -148,5 +150,5 @@ def _safetensors(tensors: Mapping[str, Tensor], told: dict[str, str]) -> Iterato
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for tensor in ordered.values():
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         yield from (data[at : at + _PIECE_BYTES] for at in range(0, len(data), _PIECE_BYTES))

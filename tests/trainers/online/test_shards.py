@@ -13,6 +13,7 @@ from raylign.trainers.online.shards import Shards
 from raylign.trainers.stages import OnlineStage
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 STAGE = OnlineStage.model_validate(
     {"data": {"path": "prompts.jsonl"}, "rewards": [{"type": "format", "pattern": "4"}], "steps": 4}
@@ -26,7 +27,9 @@ def network(ranks: int, *, seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     made = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 1))
-    return fully_shard(made, mesh=init_device_mesh("cpu", (ranks,))) if ranks > 1 else made
+    if ranks > 1:
+        fully_shard(made, mesh=init_device_mesh("cpu", (ranks,)))
+    return made
 
 
 def learner(model: nn.Module, *, updates: int = 0) -> Learner:
@@ -40,15 +43,14 @@ def learner(model: nn.Module, *, updates: int = 0) -> Learner:
 
 def whole(learned: Learner) -> dict[str, torch.Tensor]:
     state = learned._state()
-    return {k: t.full_tensor().clone() if hasattr(t, "full_tensor") else t.clone() for k, t in state.items()}
+    return {k: t.full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in state.items()}
 
 
 def be_a_rank(rank: int, folder: Path) -> None:
     """One of two: writes what it learned, and reads what one rank wrote."""
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    limit = timedelta(seconds=120)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+    where, limit = f"file://{folder}/meeting", timedelta(seconds=120)
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=limit)
     learned = learner(network(2), updates=2)
     learned.save(folder / "two")
     assert learned.written(wait=True)
