@@ -50,6 +50,18 @@ class Checkpoint:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a rank of those who learn has put into the folder of a checkpoint."""
+
+    folder: Path
+    digests: dict[str, str]
+    """File, within the folder → SHA-256."""
+    bytes: int
+    seconds: float
+    """From the end of the copy in memory until all lay on the disk."""
+
+
 class Checkpoints:
     """A stage's checkpoints: when one is due, what it says, which stay.
 

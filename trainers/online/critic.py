@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .batch import TrainSample, micro_batches
+from .checkpoints import Written
 from .policy import PolicySpec, device_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .scoring_model import Aligned
-    from .shards import Written
 
 
 class Critic:
@@ -101,7 +101,7 @@ class Critic:
         """Write weights and optimizer state as safetensors, beside what is done from now on."""
         self._learner.save(folder)
 
-    def written(self, wait: bool = False) -> "Written | None":
+    def written(self, wait: bool = False) -> Written | None:
         """What came of the last `save`; none before it has come. Raises `RunFailed` where nothing could be written."""
         return self._learner.written(wait=wait)
 
@@ -128,7 +128,7 @@ class CriticActor:
         """Begin to write the training state into a folder on the run's storage."""
         self._critic.save(folder)
 
-    def written(self, wait: bool = False) -> "Written | None":
+    def written(self, wait: bool = False) -> Written | None:
         """What came of the last `save`; none before it has come."""
         return self._critic.written(wait)
 

@@ -12,8 +12,9 @@ from ..schedule import learning_rate, update_rows
 from ..stages import OnlineStage
 from . import shards
 from .batch import TrainSample
+from .checkpoints import Written
 from .losses import Metrics, averaged
-from .shards import Shards, Written
+from .shards import Shards
 
 Backward = Callable[[Sequence[TrainSample]], Metrics]
 """Adds the gradient of one update's loss on its samples; the metrics are those of `joined`."""

@@ -5,16 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
 from ..stages import OnlineStage
 from .batch import TrainSample, micro_batches
-
-if TYPE_CHECKING:
-    from .shards import Written
+from .checkpoints import Written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +118,7 @@ class Policy:
         """Write weights and optimizer state as safetensors, beside what is done from now on."""
         self._learner.save(folder)
 
-    def written(self, wait: bool = False) -> "Written | None":
+    def written(self, wait: bool = False) -> Written | None:
         """What came of the last `save`; none before it has come. Raises `RunFailed` where nothing could be written."""
         return self._learner.written(wait=wait)
 
@@ -186,7 +184,7 @@ class PolicyActor:
         """Begin to write the training state into a folder on the run's storage."""
         self._policy.save(folder)
 
-    def written(self, wait: bool = False) -> "Written | None":
+    def written(self, wait: bool = False) -> Written | None:
         """What came of the last `save`; none before it has come."""
         return self._policy.written(wait)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +18,10 @@ from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
 from ..stages import OnlineStage
 from .batch import TrainSample
+from .checkpoints import Written
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
-
-if TYPE_CHECKING:
-    from .shards import Written
 
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
@@ -197,7 +195,7 @@ class Roles:
         for name, ref in refs.items():
             self._answer(name, "a checkpoint", tick, ref)
 
-    def written(self, folder: Path) -> "list[Written] | None":
+    def written(self, folder: Path) -> list[Written] | None:
         """What they wrote into the folder since `save`, once `look_after` or `finish_writing` has heard it of all."""
         learners = self.learners()
         found = [w for name in learners if (w := self._written.get(name)) and w.folder == folder]

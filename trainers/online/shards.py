@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,10 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from ...cluster.errors import RunFailed
+from .checkpoints import Written
 
 _PIECE_BYTES = 16 * 2**20
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """What a rank has put into the folder of a checkpoint."""
-
-    folder: Path
-    digests: dict[str, str]
-    """File, within the folder → SHA-256."""
-    bytes: int
-    seconds: float
-    """From the end of the copy in memory until all lay on the disk."""
 
 
 class Shards:
