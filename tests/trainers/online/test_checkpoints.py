@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_torn(small_disk: P
 
     write_checkpoint(small_disk, 5, {}, save(400))
     with pytest.raises(RunFailed, match=r"checkpoint of step 10 cannot be written to .*: No space left on device"):
-        write_checkpoint(small_disk, 10, {}, save(400_000))
+        write_checkpoint(small_disk, 10, {}, save(800_000))
     draft = Draft.begin(small_disk, 10, {}, save(400))
     (small_disk / "ballast").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     with pytest.raises(RunFailed, match="checkpoint of step 10 cannot be written"):

@@ -153,7 +153,7 @@ def test_another_model_and_another_layout_are_refused(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_by_who_asks_for_what_was_written(small_disk: Path) -> None:
     shards = Shards("policy", "cpu")
-    shards.begin({"w": torch.zeros(100_000)}, small_disk / ".step-000005")
+    shards.begin({"w": torch.zeros(200_000)}, small_disk / ".step-000005")
     for _ in range(2):
         with pytest.raises(RunFailed, match=r"the policy cannot write its checkpoint .*step-000005: No space left"):
             shards.written(wait=True)
