@@ -14,7 +14,6 @@ import psutil
 import pytest
 from raylign.cluster.errors import RunFailed
 from raylign.cluster.rundir import RunDir
-from raylign.trainers.comparison import compare
 from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.online.checkpoints import latest_checkpoint
 from raylign.trainers.opening import open_run
@@ -32,13 +31,6 @@ ROOT = Path(__file__).parents[3]
 def test_a_full_disk_ends_the_run_and_a_changed_byte_costs_the_step_since_the_one_before(
     tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path, small_disk: Path
 ) -> None:
-    alone, summary = start(load_recipe(tiny_grpo("alone", stages__0__kl="null")), tmp_path)
-    checkpoints = alone.events("checkpoint")
-    assert [e["step"] for e in checkpoints] == [1, 2, 3, 4]
-    shard = alone / "checkpoints/0-grpo/step-000004/policy/shard-00000.safetensors"
-    assert all(e["bytes"] == shard.stat().st_size and e["seconds"] > 0 for e in checkpoints)
-    assert all("seconds/checkpoint" in m for m in alone.all_metrics()[1:])
-
     config = load_recipe(tiny_grpo("full", stages__0__kl="null"))
     run = open_run(config, tmp_path, named=True, resume=True)
     (run / "checkpoints").symlink_to(small_disk)
@@ -46,30 +38,32 @@ def test_a_full_disk_ends_the_run_and_a_changed_byte_costs_the_step_since_the_on
 
     def fill_the_disk(stage: str, step: int, values: dict[str, float]) -> None:
         record(stage, step, values)
-        if step == 1:
+        if step == 2:
             free = os.statvfs(small_disk)
             (small_disk / "ballast").write_bytes(b"x" * (free.f_bavail * free.f_frsize))
 
     run.metrics = fill_the_disk
-    with pytest.raises(
-        RunFailed, match=r"checkpoint .*000002.*: No space left on device; the last checkpoint is step 1"
-    ):
+    full = r"checkpoint .*000003.*: No space left on device; the last checkpoint is step 2: `raylign resume"
+    with pytest.raises(RunFailed, match=full):
         run_recipe(config, run, read_inputs(config, run.path), lambda _: None)
-    assert [p.name for p in (small_disk / "0-grpo").iterdir()] == ["step-000001"]
+    kept = small_disk / "0-grpo"
+    assert sorted(p.name for p in kept.iterdir()) == ["step-000001", "step-000002"]
     (small_disk / "ballast").unlink()
 
-    run.metrics = lambda stage, step, values: (record(stage, step, values), run.desire(stop=step == 2))[0]
-    assert run_recipe(config, run, read_inputs(config, run.path), lambda _: None)["status"] == "stopped"
-    shard = small_disk / "0-grpo/step-000003/policy/shard-00000.safetensors"
+    shard = kept / "step-000002/policy/shard-00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    run.desire(stop=False)
     run, resumed = start(config, tmp_path)
-    assert [e["checkpoint"] for e in run.events("checkpoint_refused")] == ["step-000003"]
-    assert [e["step"] for e in run.events("resumed")] == [1, 2]
-    assert resumed["weights"] == summary["weights"]
-    assert compare(alone, run).equal
+    assert resumed["status"] == "succeeded"
+    assert [e["checkpoint"] for e in run.events("checkpoint_refused")] == ["step-000002"]
+    assert [e["step"] for e in run.events("resumed")] == [1]
+    assert made_twice_the_same(run) == {1, 2}
+
+    checkpoints = run.events("checkpoint")
+    assert [e["step"] for e in checkpoints] == [1, 2, 2, 3, 4]
+    assert all(e["bytes"] == len(content) and e["seconds"] > 0 for e in checkpoints)
+    assert ["seconds/checkpoint" in m for m in run.all_metrics()] == [False, False, True, True]  # since the resume
 
 
 @pytest.fixture
