@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, exact, faults, group_prefill, grpo, mixed_adapters, results, rollout, sync, update
+from . import (
+    checkpoint,
+    controller,
+    exact,
+    faults,
+    group_prefill,
+    grpo,
+    mixed_adapters,
+    results,
+    rollout,
+    sync,
+    update,
+)
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -20,6 +32,7 @@ BENCHMARKS = {
     "exact": exact,
     "sync": sync,
     "controller": controller,
+    "checkpoint": checkpoint,
     "faults": faults,
     "update": update,
     "grpo": grpo,

@@ -122,6 +122,6 @@ class _Supervisor:
 
     def _progress(self) -> set[str]:
         """What the run has to show: its checkpoints and finished stages."""
-        kept = {str(path) for path in self._run.path.glob("checkpoints/*/*")}
+        kept = {str(path) for path in self._run.path.glob("checkpoints/*/step-*")}
         finished = self._run / "progress.json"
         return kept | ({finished.read_text()} if finished.exists() else set())

@@ -1,10 +1,15 @@
-"""Checkpoints: a folder a step, written beside its place, fsynced, renamed; valid only with its manifest of digests."""
+"""Checkpoints: a folder a step, written beside its place, fsynced, renamed; valid only with its manifest of digests.
+
+A checkpoint is begun and finished: in between, those who learn write into its draft. Until it is finished it does not
+count, and the one before it is the last.
+"""
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,9 @@ class Keep:
 
 
 _KEEP = Keep()
+
+Fill = Callable[[Path], object]
+"""Puts files into the folder of a checkpoint, or has others begin to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,18 @@ class Checkpoint:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a rank of those who learn has put into the folder of a checkpoint."""
+
+    folder: Path
+    digests: dict[str, str]
+    """File, within the folder → SHA-256."""
+    bytes: int
+    seconds: float
+    """From the end of the copy in memory until all lay on the disk."""
+
+
 class Checkpoints:
     """A stage's checkpoints: when one is due, what it says, which stay.
 
@@ -54,9 +74,17 @@ class Checkpoints:
         """What `keep_best` goes by, of the steps since the last one."""
         self.saved: int | None = None
         """The step of the last one."""
+        self.draft: Draft | None = None
+        """The one that was begun and is not finished."""
+
+    @property
+    def newest(self) -> int | None:
+        """The step of the one that was begun last."""
+        return self.draft.step if self.draft else self.saved
 
     def latest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest valid one, and the names of newer ones that are not; what follows goes on from it."""
+        self.drop()
         found, broken = latest_checkpoint(self._root)
         self.saved, self._scores = found.step if found else None, []
         if found:
@@ -78,13 +106,25 @@ class Checkpoints:
             raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
         self._scores.append(metrics[best.metric] * (1 if best.mode == "max" else -1))
 
-    def save(self, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
-        """Write one; raises as `write_checkpoint` does."""
-        best = self._stage.keep_best
+    def begin(self, step: int, state: dict[str, Any], fill: Fill) -> None:
+        """Begin one; raises as `Draft.begin` does."""
         scored = {"score": sum(self._scores) / len(self._scores)} if self._scores else {}
-        keep = Keep(self._stage.keep_last, best.count if best else 0)
-        write_checkpoint(self._root, step, {**self._facts, **state, **scored}, fill, keep)
-        self.saved, self._scores = step, []
+        self.draft = Draft.begin(self._root, step, {**self._facts, **state, **scored}, fill)
+        self._scores = []
+
+    def finish(self, digests: Mapping[str, str]) -> None:
+        """Finish the one that was begun; raises as `Draft.finish` does."""
+        assert self.draft, "nothing was begun"
+        draft, self.draft = self.draft, None
+        best = self._stage.keep_best
+        draft.finish(digests, Keep(self._stage.keep_last, best.count if best else 0))
+        self.saved = draft.step
+
+    def drop(self) -> None:
+        """Give up the one that was begun, if any, and its space."""
+        if self.draft:
+            self.draft.drop()
+        self.draft = None
 
     def way_on(self, stage: str, run: str) -> str:
         """Where `raylign resume` would go on."""
@@ -93,40 +133,71 @@ class Checkpoints:
         return f"the last checkpoint is step {self.saved}: `raylign resume {run}` goes on from it"
 
 
-def write_checkpoint(
-    root: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None], keep: Keep = _KEEP
-) -> Checkpoint:
-    """Write `root/step-000120` with what `fill` puts into the folder, `state.json` and a manifest of digests.
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A checkpoint under way, beside its place: `step` counts the finished steps that it holds."""
 
-    `step` counts finished steps. A checkpoint of that step that is there already is replaced; of those up to this step
-    step those stay that `keep` says. Torn ones are set aside as `torn-step-000130`, so that they do not count. One that
-    cannot be written leaves nothing: where the disk is full, that is a `RunFailed`.
-    """
-    final = root / f"step-{step:06d}"
-    draft = root / f".{final.name}"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        _write(draft, step, state, fill)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)  # on a full disk its space is what the user needs
-        if isinstance(error, OSError):
-            raise RunFailed(f"the checkpoint of step {step} cannot be written to {root}: {error.strerror}") from error
-        raise
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(draft, final)
-    _fsync(root)
-    _prune(root, final, keep)
-    return Checkpoint(final, step, state)
+    root: Path
+    step: int
+    state: dict[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        """Where its files are put together."""
+        return self.root / f".step-{self.step:06d}"
 
-def _write(draft: Path, step: int, state: dict[str, Any], fill: Callable[[Path], None]) -> None:
-    fill(draft)
-    (draft / "state.json").write_text(json.dumps(state | {"step": step}))
-    (draft / "manifest.json").write_text(json.dumps(_digests(draft), indent=1))
-    for path in [*draft.iterdir(), draft]:
-        _fsync(path)
+    @classmethod
+    def begin(cls, root: Path, step: int, state: dict[str, Any], fill: Fill) -> "Draft":
+        """Have `fill` put files into its folder, or begin to. Drafts that were left by others go.
+
+        One that cannot be written leaves nothing: where the disk is full, that is a `RunFailed`.
+        """
+        for left in root.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        draft = cls(root, step, state)
+        with draft._or_nothing():
+            draft.folder.mkdir(parents=True)
+            fill(draft.folder)
+        return draft
+
+    def finish(self, digests: Mapping[str, str], keep: Keep = _KEEP) -> Checkpoint:
+        """Make it `root/step-000120`, with `state.json` and a manifest of digests.
+
+        `digests` are those of files that lie on the disk; other files of the folder are digested and synced here. A
+        checkpoint of that step that is there already is replaced; of those up to this step those stay that `keep` says.
+        Torn ones are set aside as `torn-step-000130`, so that they do not count. Raises as `begin` does.
+        """
+        final = self.root / self.folder.name[1:]
+        with self._or_nothing():
+            (self.folder / "state.json").write_text(json.dumps(self.state | {"step": self.step}))
+            others = {name: path for name, path in _files(self.folder).items() if name not in digests}
+            manifest = {**digests, **{name: _digest(path) for name, path in others.items()}}
+            (self.folder / "manifest.json").write_text(json.dumps(manifest, indent=1, sort_keys=True))
+            folders = [path for path in self.folder.rglob("*") if path.is_dir()]
+            for path in [*others.values(), self.folder / "manifest.json", *folders, self.folder]:
+                _fsync(path)
+            if final.exists():
+                shutil.rmtree(final)
+            os.rename(self.folder, final)
+        _fsync(self.root)
+        _prune(self.root, final, keep)
+        return Checkpoint(final, self.step, self.state)
+
+    def drop(self) -> None:
+        """Take its files away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def _or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.drop()  # on a full disk its space is what the user needs
+            if isinstance(error, OSError):
+                raise RunFailed(
+                    f"the checkpoint of step {self.step} cannot be written to {self.root}: {error.strerror}"
+                ) from error
+            raise
 
 
 def _prune(root: Path, newest: Path, keep: Keep) -> None:
@@ -171,21 +242,22 @@ def _manifest(folder: Path) -> dict[str, str]:
 def _is_complete(folder: Path) -> bool:
     """Whether the files of the manifest are there; their digests would be as dear as writing them."""
     manifest = _manifest(folder)
-    return bool(manifest) and set(manifest) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+    return bool(manifest) and set(manifest) == set(_files(folder))
 
 
 def _is_valid(folder: Path) -> bool:
-    manifest = _manifest(folder)
-    return bool(manifest) and manifest == _digests(folder)
+    return _is_complete(folder) and _manifest(folder) == {n: _digest(path) for n, path in _files(folder).items()}
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "manifest.json":
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+def _files(folder: Path) -> dict[str, Path]:
+    """The files that a manifest counts, by their names in it."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if name != "manifest.json"}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

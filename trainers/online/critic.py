@@ -11,6 +11,7 @@ import numpy as np
 
 from ...cluster.process_group import Seat
 from .batch import TrainSample
+from .checkpoints import Written
 from .policy import PolicySpec, device_of
 
 
@@ -87,8 +88,12 @@ class Critic:
         return joined(self._ranks.gathered(joined(parts)))
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state as safetensors."""
+        """Write weights and optimizer state as safetensors, beside what is done from now on."""
         self._learner.save(folder)
+
+    def written(self, wait: bool = False) -> Written | None:
+        """What came of the last `save`; none before it has come. Raises `RunFailed` where nothing could be written."""
+        return self._learner.written(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
@@ -110,8 +115,12 @@ class CriticActor:
         return self._critic.update(samples, step)
 
     def save(self, folder: Path) -> None:
-        """Write the training state into a folder on the run's storage."""
+        """Begin to write the training state into a folder on the run's storage."""
         self._critic.save(folder)
+
+    def written(self, wait: bool = False) -> Written | None:
+        """What came of the last `save`; none before it has come."""
+        return self._critic.written(wait)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""

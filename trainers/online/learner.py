@@ -10,9 +10,12 @@ from torch import nn
 from ...cluster.errors import RunFailed
 from ..schedule import learning_rate, update_rows
 from ..stages import OnlineStage
+from . import shards
 from .batch import TrainSample
+from .checkpoints import Written
 from .losses import Metrics, averaged
-from .ranks import Ranks, shared_like, whole
+from .ranks import Ranks, whole
+from .shards import Shards
 
 Backward = Callable[[Sequence[TrainSample]], Metrics]
 """Adds the gradient of one update's loss on its samples; the metrics are those of `joined`."""
@@ -31,11 +34,12 @@ class Learner:
         peak: float,
         ranks: Ranks,
     ) -> None:
-        self._name, self._stage, self._seed, self._peak, self._ranks = name, stage, seed, peak, ranks
+        self._name, self._stage, self._seed, self._peak = name, stage, seed, peak
         self._trained = {n: p for n, p in parameters.items() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=peak, betas=stage.betas, weight_decay=stage.weight_decay
         )
+        self._shards = Shards(name, ranks.device)
 
     def learn(self, samples: Sequence[TrainSample], step: int, backward: Backward) -> Metrics:
         """A step's updates: its epochs over the samples, each in minibatches. Raises `RunFailed` on a NaN gradient.
@@ -74,44 +78,37 @@ class Learner:
         return norm
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state as safetensors. Raises `RunFailed` where they cannot be written."""
-        from safetensors import SafetensorError
+        """Copy weights and optimizer state, and write them to a checkpoint's folder while training goes on."""
+        self._shards.begin(self._state(), folder)
 
-        try:
-            self._write(folder)
-        except (OSError, SafetensorError) as error:  # a full disk, which another attempt would find full too
-            raise RunFailed(f"the {self._name} cannot write its checkpoint {folder}: {error}") from error
-
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        moments = {}
-        for name, parameter in self._trained.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                moments[f"{name}/{key}"] = value
-        for part, tensors in (("", self._trained), ("-optimizer", moments)):
-            led = self._ranks.led(tensors)
-            if self._ranks.leads:
-                held = {name: tensor.contiguous().cpu() for name, tensor in led.items()}
-                save_file(held, folder / f"{self._name}{part}.safetensors")
+    def written(self, *, wait: bool = False) -> Written | None:
+        """What came of the last `save`; none before it has come. Raises `RunFailed` where nothing could be written."""
+        return self._shards.written(wait=wait)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
-        from safetensors.torch import load_file
-
-        weights = load_file(folder / f"{self._name}.safetensors")
-        shapes = {n: tuple(w.shape) for n, w in weights.items()}
-        if shapes != {n: tuple(p.shape) for n, p in self._trained.items()}:
+        """Go on from what `save` wrote, with any number of ranks. Raises `RunFailed` when it is of other weights."""
+        saved = shards.sizes(folder, self._name)
+        if not saved:
+            raise RunFailed(
+                f"{folder} has no shards of the {self._name}: an older raylign wrote it; begin another run with --name"
+            )
+        if {k: s for k, s in saved.items() if k.startswith("weights/")} != {k: w.shape for k, w in self._weights()}:
             raise RunFailed(
                 f"{folder} is a checkpoint of another adapter or model: its tensors have other names or shapes"
             )
-        moments = load_file(folder / f"{self._name}-optimizer.safetensors")
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(shared_like(weights[name], parameter))
-                prefix = f"{name}/"
-                state = {k.removeprefix(prefix): v for k, v in moments.items() if k.startswith(prefix)}
-                if state:
-                    self._optimizer.state[parameter] = {
-                        k: v if k == "step" else shared_like(v, parameter) for k, v in state.items()
-                    }
+        self._optimizer.state.clear()
+        for name, key in (k.split("/")[1:] for k in saved if k.startswith("optimizer/")):
+            parameter = self._trained[name]
+            self._optimizer.state[parameter][key] = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+        shards.read(self._state(), folder, self._name)
+
+    def _weights(self) -> list[tuple[str, torch.Tensor]]:
+        return [(f"weights/{name}", parameter.detach()) for name, parameter in self._trained.items()]
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint has of it: views, good until the next update."""
+        state = dict(self._weights())
+        for name, parameter in self._trained.items():
+            moments = self._optimizer.state.get(parameter, {})
+            state |= {f"optimizer/{name}/{key}": value for key, value in moments.items()}
+        return state

@@ -13,6 +13,7 @@ checkpoint then, and what it had learned since is learned again, bit for bit: th
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,7 @@ class OnlineLoop:
         self._ledger = Ledger(0, 0, 0, "")
         self._progress = Progress.at_start(stage)
         self._phases: dict[str, float] = {}
+        """Seconds of the step under way, and of a checkpoint before it."""
         self._now: Wait | None = None
         """The phase under way."""
         self._last_tick = 0.0
@@ -110,6 +112,7 @@ class OnlineLoop:
             while not self.stopped and not self._went_on():
                 pass
         except RaylignError as error:
+            self._let_go()
             raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
         self._run.update_status(waiting=[])
 
@@ -121,6 +124,7 @@ class OnlineLoop:
             except StopRequested:
                 self.stopped = True
                 self._checkpoint()
+            self._finish_checkpoint(wait=True)
         except (WorkerLost, WorkerFailed) as error:
             self._replace_lost(error)
             return False
@@ -153,11 +157,13 @@ class OnlineLoop:
         if not lost or self._failures > self._stage.max_failures:
             raise error
         self.restarts += 1
+        self._phases = {}
+        if lost & learners:
+            self._kept.drop()  # nobody writes it any more
         self._run.event("role_lost", stage=self._name, step=self.step, roles=sorted(lost), reason=str(error))
         self._roles.end(lost)
 
     def _train_step(self, step: int) -> None:
-        self._phases = {}
         drawn = self._fill(step)
         groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
         samples = self._advantage(self._values(groups))
@@ -255,6 +261,7 @@ class OnlineLoop:
         self._kept.note(metrics)
         self._run.metrics(self._name, step, metrics)
         self._roles.write_samples(step, scored)
+        self._phases = {}
         self._say(step + 1)
         self._on_metrics(step, metrics)
 
@@ -275,15 +282,35 @@ class OnlineLoop:
         self._begun = self._agree = True
 
     def _checkpoint(self) -> None:
-        """Save the step, unless it is saved already or the policy does not hold it."""
-        if self._kept.saved == self.step or not self._agree:
+        """Begin to save the step, unless that was done already or the policy does not hold it."""
+        if self._kept.newest == self.step or not self._agree:
             return
+        self._finish_checkpoint(wait=True)
         current = self._weights.current
         state = {"version": current.version, "digest": current.digest, "ledger": self._ledger.counts()}
         state["progress"] = asdict(self._progress)
         with self._phase("checkpoint"):
-            self._kept.save(self.step, state, partial(self._roles.save, tick=self._look_after))
-        self._run.event("checkpoint", stage=self._name, step=self.step)
+            self._kept.begin(self.step, state, partial(self._roles.save, tick=self._look_after))
+
+    def _finish_checkpoint(self, *, wait: bool = False) -> None:
+        """Finish the checkpoint under way, if those who learn have written it; `wait` for them."""
+        draft = self._kept.draft
+        if draft and wait:
+            with self._phase("checkpoint"):
+                self._roles.finish_writing(tick=self._look_after)
+        written = self._roles.written(draft.folder) if draft else None
+        if written is None or self._kept.draft is not draft:  # it was finished during the wait
+            return
+        self._kept.finish({name: digest for part in written for name, digest in part.digests.items()})
+        took, size = max(part.seconds for part in written), sum(part.bytes for part in written)
+        self._run.event("checkpoint", stage=self._name, step=self._kept.saved, seconds=round(took, 3), bytes=size)
+
+    def _let_go(self) -> None:
+        """Finish the checkpoint under way where that is possible: a run that ends needs not lose its steps, too."""
+        if not self._roles.lost:
+            with suppress(RaylignError):
+                self._finish_checkpoint(wait=True)
+        self._kept.drop()
 
     def _tick(self) -> None:
         """At most twice a second: hear a request to stop, and look after the run. Raises `StopRequested`."""
@@ -292,13 +319,14 @@ class OnlineLoop:
             self._look_after()
 
     def _look_after(self) -> None:
-        """At most twice a second: follow a request to scale, replace who is lost, say where the run is.
+        """At most twice a second: follow a request to scale, finish a checkpoint, say where the run is.
 
         Raises `WorkerLost` where the policy is gone.
         """
         if self._due():
             self._last_tick = time.monotonic()
             self._roles.look_after()
+            self._finish_checkpoint()
             self._follow()
             self._say(self.step)
 

@@ -13,6 +13,7 @@ from ...cluster.process_group import Seat
 from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
 from ..stages import OnlineStage
 from .batch import TrainSample
+from .checkpoints import Written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +141,12 @@ class Policy:
         return arrays(self._ranks.led(self._exporter.named(self._parameters))), self._exporter.config
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state as safetensors."""
+        """Write weights and optimizer state as safetensors, beside what is done from now on."""
         self._learner.save(folder)
+
+    def written(self, wait: bool = False) -> Written | None:
+        """What came of the last `save`; none before it has come. Raises `RunFailed` where nothing could be written."""
+        return self._learner.written(wait=wait)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
@@ -209,8 +214,12 @@ class PolicyActor:
         return WeightVersion(version=version, digest=digest.result(), parcel=parcel, config=config, base=self._base)
 
     def save(self, folder: Path) -> None:
-        """Write the training state into a folder on the run's storage. Raises `RunFailed` where it cannot."""
+        """Begin to write the training state into a folder on the run's storage."""
         self._policy.save(folder)
+
+    def written(self, wait: bool = False) -> Written | None:
+        """What came of the last `save`; none before it has come."""
+        return self._policy.written(wait)
 
     def load(self, folder: Path) -> None:
         """Go on from a checkpoint."""

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ...cluster.process_group import Seat, take
 from .batch import MicroBatch, rank_batches
@@ -76,11 +76,3 @@ class Ranks:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor without its gradient; of a sharded one all of it, which all ranks call for together."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every rank has, on the device of another and sharded as that one is."""
-    tensor = tensor.to(like.device)
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

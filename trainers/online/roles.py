@@ -19,6 +19,7 @@ from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
 from ..stages import LearnerResources, OnlineStage
 from .batch import TrainSample
+from .checkpoints import Written
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
@@ -58,6 +59,8 @@ class Roles:
         """The stores through which groups of ranks meet."""
         self._pulses: dict[str, Any] = {}
         """Open calls on those who learn, which end at once when their processes do."""
+        self._written: dict[str, Written] = {}
+        """What each of them said last of its checkpoints."""
         self.lost: set[str] = set()
         """Who died, hung or failed; `start` begins them anew after `end`."""
 
@@ -154,15 +157,20 @@ class Roles:
         self._actors[name] = actor.remote(*given)
 
     def look_after(self) -> None:
-        """Notice the death of one who learns while nothing is asked of it. Raises `WorkerLost`."""
+        """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead.
+
+        Raises `WorkerLost`, and `RunFailed` where one could not write.
+        """
         import ray
 
         for name in self.learners():
-            pulse = self._pulses.setdefault(name, self._actors[name].__ray_ready__.remote())
-            if ray.wait([pulse], timeout=0)[0]:
-                del self._pulses[name]
+            if name not in self._pulses:
+                self._pulses[name] = self._actors[name].written.remote()
+            if ray.wait([self._pulses[name]], timeout=0)[0]:
+                pulse = self._pulses.pop(name)
                 with self._waiting("a sign of life", name):
-                    calls.get(pulse, actor=name, what="its idle time", timeout=0)
+                    told = calls.get(pulse, actor=name, what="its idle time", timeout=0)
+                self._written |= {name: told} if told else {}
 
     def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
         """Groups with rewards, in order; scorers work side by side."""
@@ -211,9 +219,23 @@ class Roles:
         return self._ask(self._ranks("policy"), f"publishing version {version}", tick, "publish", version, workers)[0]
 
     def save(self, folder: Path, *, tick: Tick) -> None:
-        """Have policy and critic write their state."""
-        for names in self._groups():
-            self._ask(names, "a checkpoint", tick, "save", folder)
+        """Have those who learn copy their state, and write it into the folder from then on."""
+        learners = self.learners()
+        refs = self._call(learners, "save", folder)
+        self._pulses.clear()  # what they say of the checkpoint before
+        self._answers(learners, "a checkpoint", tick, refs)
+
+    def written(self, folder: Path) -> list[Written] | None:
+        """What they wrote into the folder since `save`, once `look_after` or `finish_writing` has heard it of all."""
+        learners = self.learners()
+        found = [w for name in learners if (w := self._written.get(name)) and w.folder == folder]
+        return found if found and len(found) == len(learners) else None
+
+    def finish_writing(self, *, tick: Tick) -> None:
+        """Wait until what `save` began is on the disk. Raises `RunFailed` where it could not be written."""
+        learners = self.learners()
+        told = self._ask(learners, "writing a checkpoint", tick, "written", True)
+        self._written |= dict(zip(learners, told, strict=True))
 
     def load(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic go on from a checkpoint."""
@@ -261,6 +283,7 @@ class Roles:
                 release(placement)
             self._nodes.pop(name, None)
             self._pulses.pop(name, None)
+            self._written.pop(name, None)
         self.lost = set()
 
     def close(self) -> None:

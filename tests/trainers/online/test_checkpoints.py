@@ -1,19 +1,26 @@
 """A checkpoint is whole or it does not exist."""
 
+import hashlib
+import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from raylign.cluster.errors import InputError, RunFailed
-from raylign.trainers.online.checkpoints import Checkpoints, Keep, latest_checkpoint, write_checkpoint
+from raylign.trainers.online.checkpoints import Checkpoint, Checkpoints, Draft, Keep, latest_checkpoint
 from raylign.trainers.stages import OnlineStage
-from safetensors import SafetensorError
+
+Fill = Callable[[Path], object]
 
 
-def fill(text: str):
+def fill(text: str) -> Fill:
     return lambda folder: (folder / "weights").write_text(text)
+
+
+def write_checkpoint(root: Path, step: int, state: dict[str, Any], fill: Fill, keep: Keep | None = None) -> Checkpoint:
+    return Draft.begin(root, step, state, fill).finish({}, keep or Keep())
 
 
 def test_the_newest_is_found_and_two_are_kept(tmp_path: Path) -> None:
@@ -32,48 +39,42 @@ def test_the_best_stay_beside_the_last_and_of_equals_the_later(tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000015", "step-000025", "step-000030"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
-    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_torn(small_disk: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
+    def save(elements: int) -> Fill:
+        return lambda folder: (folder / "weights").write_bytes(b"x" * elements)
 
-    def save(elements: int) -> Callable[[Path], None]:
-        return lambda folder: save_file({"a": torch.zeros(elements)}, folder / "policy.safetensors")
-
-    write_checkpoint(small_disk, 5, {}, save(100))
-    with pytest.raises(SafetensorError, match="No space left on device"):
-        write_checkpoint(small_disk, 10, {}, save(100_000))
+    write_checkpoint(small_disk, 5, {}, save(400))
+    with pytest.raises(RunFailed, match=r"checkpoint of step 10 cannot be written to .*: No space left on device"):
+        write_checkpoint(small_disk, 10, {}, save(800_000))
+    draft = Draft.begin(small_disk, 10, {}, save(400))
     (small_disk / "ballast").write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
     with pytest.raises(RunFailed, match="checkpoint of step 10 cannot be written"):
-        write_checkpoint(small_disk, 10, {}, lambda folder: (folder / "weights").write_text("ten"))
+        draft.finish({})
     assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "step-000005"]
     found, broken = latest_checkpoint(small_disk)
     assert found is not None
     assert (found.step, broken) == (5, [])
     (small_disk / "ballast").unlink()
-    assert write_checkpoint(small_disk, 10, {}, save(100)).step == 10
+    assert write_checkpoint(small_disk, 10, {}, save(400)).step == 10
 
 
-@pytest.mark.parametrize("damage", ["truncate", "missing", "manifest", "extra"])
+@pytest.mark.parametrize("damage", ["truncate", "byte", "missing", "manifest", "extra"])
 def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, damage: str) -> None:
     write_checkpoint(tmp_path, 5, {}, fill("five"))
-    bad = write_checkpoint(tmp_path, 10, {}, fill("ten")).path
+
+    def fill_shard(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy/shard-00001.safetensors").write_text("ten")
+
+    bad = write_checkpoint(tmp_path, 10, {}, fill_shard).path
+    shard = bad / "policy/shard-00001.safetensors"
     match damage:
         case "truncate":
-            (bad / "weights").write_text("te")
+            shard.write_text("te")
+        case "byte":
+            shard.write_text("tin")
         case "missing":
-            (bad / "weights").unlink()
+            shard.unlink()
         case "manifest":
             (bad / "manifest.json").write_text("{")
         case "extra":
@@ -135,7 +136,8 @@ def test_a_stage_keeps_the_checkpoint_of_its_best_steps_and_goes_on_from_the_las
     for step, kl in enumerate([0.9, 0.7, 0.1, 0.3, 0.5, 0.5], 1):  # means of two: 0.8, 0.2, 0.5
         kept.note({"reward/mean": 1.0, "kl": kl})
         if kept.due(step):
-            kept.save(step, {}, fill("x"))
+            kept.begin(step, {}, fill("x"))
+            kept.finish({})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000006"]
     found, _ = Checkpoints(tmp_path, stage, {"seed": 5}).latest()
     assert found is not None
@@ -148,3 +150,36 @@ def test_a_metric_that_no_step_has_is_refused_at_the_first(tmp_path: Path) -> No
     kept = Checkpoints(tmp_path, stage_of(keep_best={"metric": "rewards/mean"}), {})
     with pytest.raises(InputError, match=r"keep_best.metric 'rewards/mean' is no metric of a step: there are kl, rew"):
         kept.note({"reward/mean": 1.0, "kl": 0.1})
+
+
+def test_one_that_is_under_way_does_not_count_and_goes_when_it_is_given_up_or_left(tmp_path: Path) -> None:
+    kept = Checkpoints(tmp_path, stage_of(), {})
+    kept.begin(5, {}, fill("five"))
+    kept.finish({})
+    kept.begin(10, {}, fill("ten"))
+    assert (kept.saved, kept.newest) == (5, 10)
+    assert latest_checkpoint(tmp_path)[0] == Checkpoint(tmp_path / "step-000005", 5, {"step": 5})
+    again = Checkpoints(tmp_path, stage_of(), {})
+    assert again.latest() == (Checkpoint(tmp_path / "step-000005", 5, {"step": 5}), [])
+    again.begin(7, {}, fill("seven"))  # of a run that goes on from another place than the one that was killed
+    again.drop()
+    assert again.newest == 5
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000005"]
+
+
+def test_the_manifest_has_the_digests_of_those_who_wrote_and_those_of_all_other_files(tmp_path: Path) -> None:
+    def parts(folder: Path) -> None:
+        (folder / "policy").mkdir()
+        (folder / "policy/shard-00000.safetensors").write_bytes(b"abc")
+        (folder / "weights-7").write_bytes(b"")
+
+    abc = hashlib.sha256(b"abc").hexdigest()
+    made = Draft.begin(tmp_path, 5, {}, parts).finish({"policy/shard-00000.safetensors": abc})
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert set(manifest) == {"policy/shard-00000.safetensors", "state.json", "weights-7"}
+    assert manifest["weights-7"] == hashlib.sha256(b"").hexdigest()
+    assert latest_checkpoint(tmp_path) == (Checkpoint(made.path, 5, {"step": 5}), [])
+    lying = Draft.begin(tmp_path, 10, {}, parts).finish({"policy/shard-00000.safetensors": "0" * 64})
+    assert latest_checkpoint(tmp_path) == (Checkpoint(made.path, 5, {"step": 5}), [lying.path.name])
+    gone = Draft.begin(tmp_path, 15, {}, fill("x")).finish({"policy/shard-00000.safetensors": abc})
+    assert latest_checkpoint(tmp_path)[1] == [gone.path.name, lying.path.name]

@@ -136,6 +136,7 @@ def test_going_on_from_a_save_is_bit_equal_to_going_on(
     one, other = critic(epochs=2, minibatches=2), critic(epochs=2, minibatches=2)
     one.update(samples, 0)
     one.save(tmp_path)
+    assert one.written(wait=True)
     other.load(tmp_path)
     assert one.update(samples, 1) == other.update(samples, 1)
     for mine, its in zip(one.values(samples), other.values(samples), strict=True):

@@ -222,6 +222,7 @@ def test_going_on_from_a_save_is_bit_equal_to_going_on(
     one.update(samples, 0, 0.1)
     one.update(samples, 1, 0.1)
     one.save(tmp_path)
+    assert one.written(wait=True)
     other = policy(**updates)
     other.load(tmp_path)
     before = _digest(one)
