@@ -7,7 +7,8 @@ from typing import Any
 
 from ..cluster import calls
 from ..cluster.calls import Wait
-from ..cluster.placement import amount, free, release, reserve
+from ..cluster.placement import free, release, reserve
+from ..cluster.planning import amount
 from .worker import WorkerSpec
 
 

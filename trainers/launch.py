@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..cluster.errors import InputError, RaylignError, RunFailed
-from ..cluster.placement import Offer, amount, offers
+from ..cluster.placement import offers
+from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
 from .config import RunConfig, stage_name

@@ -13,7 +13,8 @@ from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
 from ...cluster.errors import WorkerFailed, WorkerLost
-from ...cluster.placement import amount, node_of, place, release
+from ...cluster.placement import node_of, place, release
+from ...cluster.planning import amount
 from ...cluster.weights import WeightVersion
 from ...rollout.records import Group
 from ..stages import OnlineStage

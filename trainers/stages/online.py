@@ -4,10 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...cluster.config import Config, Resources
+from ...cluster.config import Config, RoleResources
 from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
+from .wishes import refuse_wishes
 
 Estimator = Literal["k1", "k2", "k3"]
 """Of a KL on the policy's own samples (Schulman 2020)."""
@@ -113,7 +114,7 @@ class CriticConfig(Config):
     """Discount of a token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
-    resources: Resources = Resources()
+    resources: RoleResources = RoleResources()
 
 
 class OnlineStage(StageBase):
@@ -171,8 +172,8 @@ class OnlineStage(StageBase):
     """Tokens per forward and backward on the policy."""
     staleness: Literal[0] = 0
     keep_best: KeepBest | None = None
-    policy: Resources = Resources()
-    reference: Resources = Resources(cpus=0.5)
+    policy: RoleResources = RoleResources()
+    reference: RoleResources = RoleResources(cpus=0.5)
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """How long one call of a role may take (update, reference, score of a group, publish, checkpoint) before its actor
     counts as lost; `rollout.timeout_seconds` is for one group's generation."""
@@ -247,6 +248,11 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _roles_can_stand_so(self) -> "OnlineStage":
+        refuse_wishes(self.roles)
+        return self
+
+    @model_validator(mode="after")
     def _buffer_fits(self) -> "OnlineStage":
         longest = self.rollout.sampling.max_tokens
         if self.overlong and self.overlong_buffer >= longest:
@@ -260,6 +266,17 @@ class OnlineStage(StageBase):
     def has_reference(self) -> bool:
         """Whether there is a reference role; the one of demonstrations is the policy itself."""
         return self.kl is not None or (self.loss == "preference" and not self.demonstrations)
+
+    @property
+    def roles(self) -> dict[str, tuple[int, RoleResources]]:
+        """How many actors each role has at the start and what each reserves, in the order in which they get places."""
+        return {
+            "policy": (1, self.policy),
+            **({"critic": (1, self.critic.resources)} if self.critic else {}),
+            **({"reference": (1, self.reference)} if self.has_reference else {}),
+            "reward": (self.scoring.workers, self.scoring.resources),
+            "rollout": (self.rollout.workers.start, self.rollout.resources),
+        }
 
     @property
     def keeps_old(self) -> bool:
