@@ -67,25 +67,29 @@ def place(
     resources: Resources,
     timeout: float,
     *,
-    bounds: Bounds = ANYWHERE,
+    bounds: Callable[[], Bounds] = lambda: ANYWHERE,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> "PlacementGroup":
-    """Reserve the resources of one worker within its bounds; give its actor `PlacementGroupSchedulingStrategy(group)`.
+    """Reserve the resources of one worker; give its actor `PlacementGroupSchedulingStrategy(group)`.
 
-    Raises `DoesNotFit` after `timeout` seconds, or once `cancelled` says so, with what is missing; nothing stays
-    reserved then.
+    It lies within the `bounds`, also where they change meanwhile. Raises `DoesNotFit` after `timeout` seconds, or once
+    `cancelled` says so, with what is missing; nothing stays reserved then.
     """
-    group = reserve(role, resources, bounds)
+    within = bounds()
+    group = reserve(role, resources, within)
     began = time.monotonic()
     try:
         while (left := began + timeout - time.monotonic()) > 0 and not cancelled():
+            if within != (within := bounds()):
+                release(group)
+                group = reserve(role, resources, within)
             if _ready(group, min(left, 0.5)):
                 return group
     except BaseException:
         release(group)
         raise
     release(group)
-    raise DoesNotFit(f"{missing(role, resources, timeout, bounds)}. Free some or add a node")
+    raise DoesNotFit(f"{missing(role, resources, timeout, within)}. Free some or add a node")
 
 
 def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "PlacementGroup":
@@ -97,12 +101,12 @@ def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "Plac
     return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(bounds))
 
 
-def _selector(bounds: Bounds) -> list[dict[str, str]] | None:
+def _selector(bounds: Bounds) -> list[dict[str, str]]:
     """Bounds as Ray takes them: by the label with its id that every node has."""
     import ray
 
     if bounds == ANYWHERE:
-        return None
+        return []
     ids = {_name(n): str(n["NodeID"]) for n in ray.nodes()}  # of dead ones too: who is bound to one waits
     which = bounds.never if bounds.only is None else bounds.only - bounds.never
     listed = ",".join(sorted(ids[name] for name in which if name in ids)) or "none"

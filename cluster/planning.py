@@ -21,6 +21,13 @@ class Demand:
     split_from: tuple[str, ...] = ()
     """None of them on a node that has an actor of these roles."""
 
+    @property
+    def each(self) -> str:
+        """What one of them asks for: `0.5 CPU colocated with policy`."""
+        together = f" colocated with {self.colocate_with}" if self.colocate_with else ""
+        apart = f" split from {', '.join(self.split_from)}" if self.split_from else ""
+        return f"{amount(self.cpus, self.gpus)}{together}{apart}"
+
 
 @dataclass(frozen=True, slots=True)
 class Offer:
@@ -190,16 +197,11 @@ def _choices(pack: _Pack, state: _State, apart: dict[str, set[str]]) -> Iterator
 
 
 def _refusal(pack: _Pack, demands: Sequence[Demand], nodes: Sequence[Offer], apart: dict[str, set[str]]) -> str:
-    asked = ", ".join(f"{d.role} {d.count} × {amount(d.cpus, d.gpus)}{_wishes(d)}" for d in demands)
+    asked = ", ".join(f"{d.role} {d.count} × {d.each}" for d in demands)
     total = amount(sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands))
     have = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)}" for n in nodes) or "there is no node"
     mend = _mend(pack, nodes, sorted(other for role in pack.roles for other in apart.get(role, ())))
     return f"{_name(pack)} does not fit; asked: {asked} ({total} in all); cluster: {have}. {mend}"
-
-
-def _wishes(demand: Demand) -> str:
-    told = f" colocated with {demand.colocate_with}" if demand.colocate_with else ""
-    return told + (f" split from {', '.join(demand.split_from)}" if demand.split_from else "")
 
 
 def _name(pack: _Pack) -> str:

@@ -183,7 +183,7 @@ def placement(config: RunConfig) -> dict[str, Any]:
             nodes = offers()
     check_placement(config, nodes)
     asked = [
-        {"stage": stage_name(stage), "role": d.role, "count": d.count, "each": amount(d.cpus, d.gpus)}
+        {"stage": stage_name(stage), "role": d.role, "count": d.count, "each": d.each}
         for stage in config.stages
         for d in demands(stage)
     ]
