@@ -1,11 +1,13 @@
 """Where the roles of a stage wish to stand: what the planner is told, and what is refused with the recipe."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
-from raylign.cluster.planning import Demand
+from raylign.cluster.planning import Demand, Offer, plan
 from raylign.trainers.stages import OnlineStage
 from raylign.trainers.stages.wishes import role_demands
 
@@ -85,3 +87,12 @@ def test_a_stage_without_wishes_asks_for_room_alone() -> None:
 def test_wishes_that_no_cluster_could_fulfil_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         stage(**fields)
+
+
+def test_the_stage_of_the_readme_fits_on_nodes_that_it_splits() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    (shown,) = (yaml.safe_load(t)[0] for t in re.findall(r"```yaml\n(.*?)```", text, re.S) if "colocate_with" in t)
+    demands = role_demands(OnlineStage.model_validate(shown).roles)
+    placed = plan(demands, [Offer("a", 2, 1), Offer("b", 8, 4)])
+    nodes = {role: {a.node for a in placed if a.role == role} for role in ("policy", "reference", "reward", "rollout")}
+    assert nodes == {"policy": {"a"}, "reference": {"a"}, "reward": {"b"}, "rollout": {"b"}}
