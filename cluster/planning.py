@@ -109,7 +109,7 @@ def plan(demands: Sequence[Demand], nodes: Sequence[Offer], standing: Sequence[A
 
     Those who are `standing` stay: what they hold is not among the offers, and the others' wishes count with them.
 
-    Who stands together counts as one. Roles that others name choose first, then those with wishes, then the largest
+    Who stands together counts as one. Roles that others name choose first, then those that are split, then the largest
     (GPUs before all), each the fullest node that still has room, so that whole nodes stay free. For the first actor of
     a role that others name every node is tried; beyond that this is greedy, as Ray's own scheduler, and can miss a fit
     that an exhaustive search would find.
@@ -157,9 +157,9 @@ def _packs(demands: Sequence[Demand], standing: Sequence[Assignment]) -> tuple[l
     packs = [_Pack(tuple(actors), where.get(place)) for place, actors in together.items()]
     first = [p for p in packs if p.roles & named and any(i == 0 for _, i in p.actors)]
     rest = [p for p in packs if p not in first]
-    related = named | {d.role for d in demands if d.colocate_with or d.split_from}
+    split = {role for d in demands if d.split_from for role in (d.role, *d.split_from)}
     first.sort(key=lambda p: (p.gpus, p.cpus), reverse=True)
-    rest.sort(key=lambda p: (p.gpus, p.head.role in related, p.cpus), reverse=True)
+    rest.sort(key=lambda p: (p.gpus, bool(p.roles & split), p.cpus), reverse=True)
     return first, rest
 
 

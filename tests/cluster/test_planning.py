@@ -1,4 +1,7 @@
-"""Placement plans worked out by hand."""
+"""Placement plans worked out by hand, and against an exhaustive search."""
+
+import itertools
+import random
 
 import pytest
 from raylign.cluster.errors import DoesNotFit
@@ -157,17 +160,52 @@ def test_wishes_that_no_node_fulfils_are_explained(demands: list[Demand], nodes:
     assert str(error.value) == message
 
 
-def test_a_fit_is_found_wherever_the_first_of_a_named_role_must_go() -> None:
-    """Against an exhaustive search: one policy, and rollout workers that stand elsewhere, on any three nodes."""
-    sizes = range(4)
-    for free in [(a, b, c) for a in sizes for b in sizes for c in sizes]:
-        for count in range(1, 7):
-            fits = any(free[p] >= 1 and sum(free) - free[p] >= count for p in range(3))
-            demands = [Demand("policy", 1), Demand("rollout", count, split_from=("policy",))]
-            offers = [Offer(name, cpus) for name, cpus in zip("abc", free, strict=True)]
-            try:
-                found = nodes_of(demands, offers)
-                assert found["policy"][0] not in found["rollout"]
-                assert fits
-            except DoesNotFit:
-                assert not fits
+def problem(draw: random.Random) -> tuple[list[Demand], list[Offer]]:
+    """Some roles with wishes for those before them, and a few nodes."""
+    roles = sorted(draw.sample(range(5), draw.randint(2, 4)))
+    names, demands = [str(role) for role in roles], []
+    for place, name in enumerate(names):
+        other = draw.choice(names[:place]) if place and draw.random() < 0.4 else None
+        apart = tuple(n for n in names[:place] if n != other and draw.random() < 0.3)
+        cpus = draw.choice([0.5, 1, 1, 2])
+        demands.append(Demand(name, draw.randint(1, 2), cpus, colocate_with=other, split_from=apart))
+    return demands, [Offer(node, draw.choice([1, 2, 3, 4])) for node in "abc"[: draw.randint(1, 3)]]
+
+
+def contradicts(demands: list[Demand]) -> bool:
+    """Whether two roles are to stand together and apart; a recipe with that is refused."""
+    with_whom = {d.role: d.colocate_with for d in demands}
+
+    def host(role: str) -> str:
+        return host(other) if (other := with_whom[role]) else role
+
+    return any(host(d.role) == host(other) for d in demands for other in d.split_from)
+
+
+def holds(demands: list[Demand], nodes: list[Offer], where: dict[tuple[str, int], str]) -> bool:
+    """Whether every node has room for its actors and every wish is fulfilled."""
+    of = {d.role: [where[d.role, i] for i in range(d.count)] for d in demands}
+    taken = {n.node: sum(d.cpus * of[d.role].count(n.node) for d in demands) for n in nodes}
+    together = all(set(of[d.role]) == {of[d.colocate_with][0]} for d in demands if d.colocate_with)
+    apart = all(not set(of[d.role]) & set(of[other]) for d in demands for other in d.split_from)
+    return together and apart and all(taken[n.node] <= n.cpus for n in nodes)
+
+
+def test_plans_fulfil_every_wish_and_hardly_miss_a_fit_that_an_exhaustive_search_finds() -> None:
+    draw = random.Random(3)
+    fits = missed = refused = 0
+    for demands, nodes in (problem(draw) for _ in range(600)):
+        if contradicts(demands):
+            continue
+        actors = [(d.role, i) for d in demands for i in range(d.count)]
+        tries = itertools.product([n.node for n in nodes], repeat=len(actors))
+        exists = any(holds(demands, nodes, dict(zip(actors, tried, strict=True))) for tried in tries)
+        try:
+            placed = {(a.role, a.index): a.node for a in plan(demands, nodes)}
+            assert holds(demands, nodes, placed)
+            fits += 1
+        except DoesNotFit:
+            missed += exists
+            refused += not exists
+    assert min(fits, refused) > 150
+    assert missed <= fits / 100
