@@ -87,7 +87,7 @@ def a_node_of_wishes_is_lost(folder: Path) -> dict[str, Any]:
         names |= {small.node_id: "small", large.node_id: "large"}
         hold.touch()
         running = start(folder, "split")
-        until("groups are running", running, lambda: run.status().get("groups", {}).get("running", 0) > 0)
+        until("a worker works", running, lambda: len(standing()) == 3 and workers(run) == 1)
         before = standing()
         cluster.remove_node(small, allow_graceful=False)
         until("the policy has moved", running, lambda: standing().get("policy") == "large")
