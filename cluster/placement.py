@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .config import Resources
 from .errors import DoesNotFit
@@ -101,12 +101,13 @@ def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "Plac
     return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(bounds))
 
 
-def _selector(bounds: Bounds) -> list[dict[str, str]]:
-    """Bounds as Ray takes them: by the label with its id that every node has."""
+def _selector(bounds: Bounds) -> Any:
+    """Bounds as Ray takes them: by the label with its id that every node has; None for no bounds, which Ray's own type
+    forgets."""
     import ray
 
     if bounds == ANYWHERE:
-        return []
+        return None
     ids = {_name(n): str(n["NodeID"]) for n in ray.nodes()}  # of dead ones too: who is bound to one waits
     which = bounds.never if bounds.only is None else bounds.only - bounds.never
     listed = ",".join(sorted(ids[name] for name in which if name in ids)) or "none"
