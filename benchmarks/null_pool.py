@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from raylign.cluster.config import ElasticWorkers, Resources
+from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
 from raylign.rollout.ledger import Ledger
@@ -97,7 +97,7 @@ class NullPool:
             group_size=GROUP,
             slots=GROUP * capacity,
             workers=ElasticWorkers(min=1, max=workers, start=workers),
-            resources=Resources(cpus=0),
+            resources=RoleResources(cpus=0),
         )
         spec = WorkerSpec(base=folder, dtype="float32", config=config, seed=0, max_length=64, stop_token_ids=())
         self.pool = RolloutPool(

@@ -6,7 +6,7 @@ Imports neither ray nor torch: recipe errors must come back at once.
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -37,6 +37,31 @@ class Resources(Config):
 
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
+    """Part of one GPU, which others may share, or whole ones."""
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_a_part_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus % 1:
+            raise ValueError(f"{gpus:g}: an actor has a part of one GPU or whole ones; take {gpus // 1:g}")
+        return gpus
+
+
+class RoleResources(Resources):
+    """What each actor of a role reserves, and where it stands; with neither wish, on any node that has room.
+
+    Those who follow the one who is named choose their node after it, and move when it does.
+    """
+
+    colocate_with: str | None = None
+    """On the node of that role, of its first actor where it has several."""
+    split_from: tuple[str, ...] = ()
+    """On no node that one of these roles uses. A recipe may write a single name."""
+
+    @field_validator("split_from", mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
 
 
 class ElasticWorkers(Config):

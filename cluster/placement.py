@@ -1,99 +1,41 @@
-"""Where actors go: whether a run's roles fit on the nodes, and one placement group a worker.
+"""What nodes have, and one placement group a worker on the nodes where it may stand.
 
-Deciding is pure: `plan` takes what roles ask and what nodes have. Ray's placement groups wait for ever and cannot grow,
-so a worker gets one of its own, with a time-out and an explanation.
+Ray's placement groups wait for ever and cannot grow, so a worker gets one of its own, with a time-out and an
+explanation. Where actors should go is decided in `planning`.
 """
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .config import Resources
 from .errors import DoesNotFit
+from .planning import Offer, amount
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-_EPSILON = 1e-6
-
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """A role asks for `count` actors of `cpus` and `gpus` each."""
+class Bounds:
+    """On which nodes an actor may stand, named as in `offers`: on all, on `only` these, or on all but `never` these."""
 
-    role: str
-    count: int
-    cpus: float = 1.0
-    gpus: float = 0.0
+    only: frozenset[str] | None = None
+    never: frozenset[str] = frozenset()
 
+    def allow(self, node: str) -> bool:
+        """Whether a node is within them."""
+        return (self.only is None or node in self.only) and node not in self.never
 
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What a node has."""
-
-    node: str
-    cpus: float
-    gpus: float = 0.0
+    def __str__(self) -> str:
+        if self.only is not None:
+            return f" on {' or '.join(sorted(self.only - self.never)) or 'no node'}"
+        return f" off {' and '.join(sorted(self.never))}" if self.never else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Actor `index` of `role` fits on `node`."""
-
-    role: str
-    index: int
-    node: str
-
-
-@dataclass(slots=True)
-class _Node:
-    name: str
-    cpus: float
-    gpus: float
-    taken: list[Assignment] = field(default_factory=list)
-
-    def fits(self, demand: Demand) -> bool:
-        return self.cpus + _EPSILON >= demand.cpus and self.gpus + _EPSILON >= demand.gpus
-
-
-def plan(demands: Sequence[Demand], nodes: Sequence[Offer]) -> list[Assignment]:
-    """Find a node for every actor, or raise `DoesNotFit` with what was asked, what there is and the mend.
-
-    The largest actors choose first (GPUs before CPUs), each the fullest node that still has room, so that whole nodes
-    stay free. Like Ray's own scheduler this is greedy: it can miss a fit that an exhaustive search would find.
-    """
-    free = [_Node(n.node, n.cpus, n.gpus) for n in nodes]
-    placed: list[Assignment] = []
-    for demand in sorted(demands, key=lambda d: (d.gpus, d.cpus), reverse=True):
-        for index in range(demand.count):
-            node = min((n for n in free if n.fits(demand)), key=lambda n: (n.gpus, n.cpus), default=None)
-            if node is None:
-                raise DoesNotFit(_refusal(demand, index, demands, nodes))
-            node.cpus -= demand.cpus
-            node.gpus -= demand.gpus
-            placed.append(Assignment(demand.role, index, node.name))
-    return placed
-
-
-def _refusal(demand: Demand, index: int, demands: Sequence[Demand], nodes: Sequence[Offer]) -> str:
-    asked = ", ".join(f"{d.role} {d.count} × {amount(d.cpus, d.gpus)}" for d in demands)
-    total = amount(sum(d.count * d.cpus for d in demands), sum(d.count * d.gpus for d in demands))
-    have = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)}" for n in nodes) or "there is no node"
-    which = f"{demand.role} {index + 1} of {demand.count}"
-    largest = any(n.cpus + _EPSILON >= demand.cpus and n.gpus + _EPSILON >= demand.gpus for n in nodes)
-    mend = (
-        f"ask for fewer {demand.role} actors or smaller resources, add nodes, or for a local Ray raise cluster.cpus"
-        if largest
-        else f"no node is large enough for one {demand.role} actor: lower its resources or add a larger node"
-    )
-    return f"{which} does not fit; asked: {asked} ({total} in all); cluster: {have}. {mend}"
-
-
-def amount(cpus: float, gpus: float) -> str:
-    """`2 CPU`, `0.5 CPU + 1 GPU`."""
-    return f"{cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+ANYWHERE = Bounds()
 
 
 def offers() -> list[Offer]:
@@ -121,39 +63,61 @@ def _name(node: dict[str, object]) -> str:
 
 
 def place(
-    role: str, resources: Resources, timeout: float, *, cancelled: Callable[[], bool] = lambda: False
+    role: str,
+    resources: Resources,
+    timeout: float,
+    *,
+    bounds: Callable[[], Bounds] = lambda: ANYWHERE,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> "PlacementGroup":
     """Reserve the resources of one worker; give its actor `PlacementGroupSchedulingStrategy(group)`.
 
-    Raises `DoesNotFit` after `timeout` seconds, or once `cancelled` says so, with what is missing; nothing stays
-    reserved then.
+    It lies within the `bounds`, also where they change meanwhile. Raises `DoesNotFit` after `timeout` seconds, or once
+    `cancelled` says so, with what is missing; nothing stays reserved then.
     """
-    group = reserve(role, resources)
+    within = bounds()
+    group = reserve(role, resources, within)
     began = time.monotonic()
     try:
         while (left := began + timeout - time.monotonic()) > 0 and not cancelled():
+            if within != (within := bounds()):
+                release(group)
+                group = reserve(role, resources, within)
             if _ready(group, min(left, 0.5)):
                 return group
     except BaseException:
         release(group)
         raise
     release(group)
-    raise DoesNotFit(f"{missing(role, resources, timeout)}. Free some or add a node")
+    raise DoesNotFit(f"{missing(role, resources, timeout, within)}. Free some or add a node")
 
 
-def reserve(role: str, resources: Resources) -> "PlacementGroup":
+def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "PlacementGroup":
     """Ask for the resources of one worker without waiting for them; meanwhile Ray's autoscaler sees the wish."""
     from ray.util.placement_group import placement_group
 
     name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
     bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
-    return placement_group([bundle or {"CPU": 0.001}], name=name)
+    return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(bounds))
 
 
-def missing(role: str, resources: Resources, seconds: float) -> str:
+def _selector(bounds: Bounds) -> Any:
+    """Bounds as Ray takes them: by the label with its id that every node has; None for no bounds, which Ray's own type
+    forgets."""
+    import ray
+
+    if bounds == ANYWHERE:
+        return None
+    ids = {_name(n): str(n["NodeID"]) for n in ray.nodes()}  # of dead ones too: who is bound to one waits
+    which = bounds.never if bounds.only is None else bounds.only - bounds.never
+    listed = ",".join(sorted(ids[name] for name in which if name in ids)) or "none"
+    return [{"ray.io/node-id": f"{'!' if bounds.only is None else ''}in({listed})"}]
+
+
+def missing(role: str, resources: Resources, seconds: float, bounds: Bounds = ANYWHERE) -> str:
     """What a role asked for without getting it for so long, and what the nodes have left."""
     asked = amount(resources.cpus, resources.gpus)
-    return f"{role} asked for {asked} and got no place within {seconds:g} s: {free()}"
+    return f"{role} asked for {asked}{bounds} and got no place within {seconds:g} s: {free()}"
 
 
 def free() -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..cluster.config import Config, ElasticWorkers, Resources, WeightsConfig
+from ..cluster.config import Config, ElasticWorkers, RoleResources, WeightsConfig
 
 
 class SamplingConfig(Config):
@@ -37,7 +37,7 @@ class RolloutConfig(Config):
     max_prompt_tokens: int = Field(default=1024, ge=1)
     slots: int = Field(default=64, ge=8)
     """Rows a worker decodes at once (at least 8, so that a row's arithmetic does not depend on its company)."""
-    resources: Resources = Resources()
+    resources: RoleResources = RoleResources()
     timeout_seconds: float = Field(default=600.0, gt=0)
     """How long one group, or loading new weights, may take before the worker counts as lost and is replaced."""
     health_seconds: float = Field(default=30.0, gt=0)
@@ -141,4 +141,4 @@ class ScoringConfig(Config):
 
     workers: int = Field(default=1, ge=1)
     on_error: Literal["fail", "drop", "zero"] = "fail"
-    resources: Resources = Resources(cpus=0.5)
+    resources: RoleResources = RoleResources(cpus=0.5)

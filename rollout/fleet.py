@@ -17,6 +17,7 @@ from ..cluster.placement import missing, node_of
 from ..cluster.weights import WeightVersion
 from .inbox import Inbox
 from .member import Member, Stage, begin, waits
+from .places import Places
 from .pool_rules import MAX_FAILURES, moves, pause
 from .worker import WorkerSpec
 
@@ -46,9 +47,18 @@ class Fleet:
     """
 
     def __init__(
-        self, prefix: str, spec: WorkerSpec, role: type, *, wait_seconds: float, note: Note, on_lost: OnLost
+        self,
+        prefix: str,
+        spec: WorkerSpec,
+        role: type,
+        *,
+        wait_seconds: float,
+        note: Note,
+        on_lost: OnLost,
+        places: Places | None = None,
     ) -> None:
         self._prefix, self._spec, self._role = prefix, spec, role
+        self._places = places or Places()
         self._wait_seconds, self._note, self._on_lost = wait_seconds, note, on_lost
         health = spec.config.health_seconds
         self._beat, self._patience = min(BEAT_SECONDS, health / 4), min(PATIENCE_SECONDS, health / 2)
@@ -88,7 +98,7 @@ class Fleet:
         """Raise `DoesNotFit` when there are fewer workers than the least and all that could come lack a place."""
         coming = self._coming()
         if len(self.ready()) < least and coming and all(m.overdue for m in coming):
-            reason = missing(coming[0].name, self._spec.config.resources, self._wait_seconds)
+            reason = missing(coming[0].name, self._spec.config.resources, self._wait_seconds, coming[0].bounds)
             raise DoesNotFit(f"{reason}. Free some or add a node")
 
     def set_weights(self, weights: WeightVersion) -> None:
@@ -154,23 +164,31 @@ class Fleet:
         self._started += 1
         self._note("worker_joining", worker=name)
         # besides its groups a worker may have weights to load, groups to abort and a sign of life to give
-        member = self.members[name] = begin(name, self._spec, self._role, concurrency=self.capacity + 4)
+        member = self.members[name] = begin(
+            name, self._spec, self._role, self._places.bounds(name), concurrency=self.capacity + 4
+        )
         self.inbox.expect(member.actor.build.remote(), partial(self._on_built, member))
 
     def _look_for_place(self, member: Member, now: float) -> None:
         """Note when a worker gets its place, and, once, that it has waited too long for one: the wish stands."""
         if node := node_of(member.placement):
-            member.node = node
+            self._stands(member, node)
             member.enter(Stage.LOADING)
+        elif member.bounds != self._places.bounds(member.name):
+            self._remove(member)  # whom it is to follow has moved: another is asked for elsewhere
         elif now - member.since > self._wait_seconds and not member.overdue:
             member.overdue = True
-            reason = missing(member.name, self._spec.config.resources, self._wait_seconds)
+            reason = missing(member.name, self._spec.config.resources, self._wait_seconds, member.bounds)
             self._note("worker_waiting", worker=member.name, reason=reason)
+
+    def _stands(self, member: Member, node: str) -> None:
+        member.node = node
+        self._places.stands(member.name, node)
 
     def _on_built(self, member: Member, future: "Future[Any]") -> None:
         if not self._hear(member, future, "loading the model"):
             return
-        member.node = member.node or node_of(member.placement) or ""
+        self._stands(member, member.node or node_of(member.placement) or "")
         member.enter(Stage.PROVING)
         self._keep_in_touch(member)
         self._ask(member)
@@ -232,7 +250,7 @@ class Fleet:
         return True
 
     def _late(self, member: Member, now: float) -> str | None:
-        """What a worker has not done in time."""
+        """What a worker has not done in time, or that it is where it may not be."""
         limit = self._spec.config.timeout_seconds
         if member.stage is Stage.LOADING and now - member.since > LOAD_SECONDS:
             return f"{member.name} did not finish loading the model within {LOAD_SECONDS:.0f} s"
@@ -240,6 +258,8 @@ class Fleet:
             return f"{member.name} did not prove weight version {member.asked} within {limit:.0f} s"
         if member.silent(now, self._spec.config.health_seconds):
             return f"{member.name} gave no sign of life for {now - member.heard:.0f} s"
+        if not self._places.bounds(member.name).allow(member.node):
+            return f"{member.name} stands on {member.node}, where its role may not stand any more"
         late = [run.index for run in member.runs.values() if now - run.since > limit]
         return f"{member.name} had group {late[0]} for more than {limit:.0f} s" if late else None
 
@@ -256,4 +276,5 @@ class Fleet:
 
     def _remove(self, member: Member) -> None:
         del self.members[member.name]
+        self._places.left(member.name)
         member.end()

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..cluster import calls
 from ..cluster.calls import Wait
-from ..cluster.placement import amount, free, release, reserve
+from ..cluster.placement import ANYWHERE, Bounds, free, release, reserve
+from ..cluster.planning import amount
 from .worker import WorkerSpec
 
 
@@ -38,6 +39,8 @@ class Member:
     name: str
     actor: Any
     placement: Any
+    bounds: Bounds = ANYWHERE
+    """Where it was asked for."""
     stage: Stage = Stage.PLACING
     since: float = field(default_factory=time.monotonic)
     """When it came into its stage."""
@@ -73,13 +76,13 @@ class Member:
         release(self.placement)
 
 
-def begin(name: str, spec: WorkerSpec, role: type, *, concurrency: int) -> Member:
-    """Ask for a place, and for an actor of class `role` in it as soon as there is one; returns at once."""
+def begin(name: str, spec: WorkerSpec, role: type, bounds: Bounds, *, concurrency: int) -> Member:
+    """Ask for a place within the bounds and an actor of class `role` in it as soon as there is one; returns at once."""
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     resources = spec.config.resources
-    placement = reserve(name, resources)
+    placement = reserve(name, resources, bounds)
     actor = ray.remote(role).options(
         name=name,
         num_cpus=resources.cpus,
@@ -88,7 +91,7 @@ def begin(name: str, spec: WorkerSpec, role: type, *, concurrency: int) -> Membe
         runtime_env={"py_executable": spec.config.python} if spec.config.python else None,
         scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
     )
-    return Member(name=name, actor=actor.remote(name, spec), placement=placement)
+    return Member(name=name, actor=actor.remote(name, spec), placement=placement, bounds=bounds)
 
 
 def waits(member: Member, spec: WorkerSpec, *, patience: float) -> list[Wait]:
@@ -101,7 +104,7 @@ def waits(member: Member, spec: WorkerSpec, *, patience: float) -> list[Wait]:
     found = [wait(f"step {run.step} group {run.index}", run.since) for _, run in member.wanted()]
     if member.stage is Stage.PLACING:
         asked = amount(spec.config.resources.cpus, spec.config.resources.gpus)
-        found.append(wait(f"a place with {asked} ({free()})", member.since))
+        found.append(wait(f"a place with {asked}{member.bounds} ({free()})", member.since))
     if member.stage is Stage.LOADING:
         found.append(wait("loading the model", member.since))
     if member.asked is not None:

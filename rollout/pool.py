@@ -21,6 +21,7 @@ from ..cluster.weights import WeightVersion
 from .fleet import LOOK_SECONDS, Fleet, Note
 from .ledger import GroupState, Ledger
 from .member import Member, Run
+from .places import Places
 from .pool_rules import Running, assign, give_up, longest_first, overdue, prompt_key
 from .records import Group
 from .worker import RolloutActor, WorkerSpec
@@ -55,14 +56,24 @@ class Work:
 class RolloutPool:
     """Generates groups on a fleet of workers that changes meanwhile. One thread calls it.
 
-    `role` is the class of their actors: `RolloutActor`, or one with its methods.
+    `role` is the class of their actors: `RolloutActor`, or one with its methods. `places` are those of the stage whose
+    roles wish to stand together or apart.
     """
 
     def __init__(
-        self, *, prefix: str, spec: WorkerSpec, wait_seconds: float, note: Note, role: type = RolloutActor
+        self,
+        *,
+        prefix: str,
+        spec: WorkerSpec,
+        wait_seconds: float,
+        note: Note,
+        role: type = RolloutActor,
+        places: Places | None = None,
     ) -> None:
         self._bounds, self._note = spec.config.workers, note
-        self._fleet = Fleet(prefix, spec, role, wait_seconds=wait_seconds, note=note, on_lost=self._on_lost)
+        self._fleet = Fleet(
+            prefix, spec, role, wait_seconds=wait_seconds, note=note, on_lost=self._on_lost, places=places
+        )
         self._work: Work | None = None
         self._done: deque[Group] = deque()
         self._yielded: dict[int, int] = {}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..cluster.errors import DoesNotFit, InputError, RunFailed
-from ..cluster.placement import Demand, offers, plan
+from ..cluster.placement import offers
+from ..cluster.planning import Demand, plan
 from .config import ServeConfig
 from .registry import Registry
 from .replica import BuildEngine, ReplicaSpec, native_engine

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..cluster.errors import InputError, RaylignError, RunFailed
-from ..cluster.placement import Offer, amount, offers
+from ..cluster.placement import offers
+from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
 from .config import RunConfig, stage_name
@@ -182,7 +183,7 @@ def placement(config: RunConfig) -> dict[str, Any]:
             nodes = offers()
     check_placement(config, nodes)
     asked = [
-        {"stage": stage_name(stage), "role": d.role, "count": d.count, "each": amount(d.cpus, d.gpus)}
+        {"stage": stage_name(stage), "role": d.role, "count": d.count, "each": d.each}
         for stage in config.stages
         for d in demands(stage)
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cluster.errors import InputError
-from ..cluster.placement import Demand, Offer, plan
+from ..cluster.planning import Demand, Offer, plan
 from ..cluster.rundir import RunDir, read_json, write_atomically
 from ..cluster.weights import base_digest
 from ..rollout.config import ModelReward, RewardConfig
@@ -29,6 +29,7 @@ from .publish import publish, serve_and_evaluate
 from .recipe import resolve_prepared
 from .report.build import write_report
 from .stages import OnlineStage, StageConfig
+from .stages.wishes import role_demands
 from .tracking import Tracker, open_tracker
 
 logger = logging.getLogger(__name__)
@@ -70,11 +71,7 @@ def demands(stage: StageConfig) -> list[Demand]:
     """What a stage's actors reserve at its start."""
     if not isinstance(stage, OnlineStage):
         return [Demand("train worker", stage.workers, stage.resources.cpus, stage.resources.gpus)]
-    roles = [("policy", stage.policy.ranks, stage.policy), ("reward", stage.scoring.workers, stage.scoring.resources)]
-    roles += [("reference", 1, stage.reference_role)] if stage.reference_role else []
-    roles += [("critic", stage.critic.resources.ranks, stage.critic.resources)] if stage.critic else []
-    roles += [("rollout", stage.rollout.workers.start, stage.rollout.resources)]
-    return [Demand(role, count, r.cpus, r.gpus) for role, count, r in roles]
+    return role_demands(stage.roles)
 
 
 def run_recipe(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict[str, Any]:

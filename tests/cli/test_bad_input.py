@@ -163,6 +163,10 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
         _edit("type: grpo", "type: grpo\n    adapter: {path: adapter}"),
         ["small.yaml", "stages.1.adapter.path", "first stage"],
     ),
+    "a role that is not there": (
+        _edit("rollout: {workers: 2}", "rollout: {workers: 2, resources: {colocate_with: critic}}"),
+        ["small.yaml:9: stages.1: rollout.resources.colocate_with 'critic'", "it has policy, reward, rollout"],
+    ),
     # data
     "no data file": (_edit("train.jsonl", "trian.jsonl"), ["no data file", "trian.jsonl", "did you mean train.jsonl?"]),
     "a folder as data": (_edit("train.jsonl", "model"), ["model is a folder", "needs a file"]),
@@ -283,6 +287,8 @@ def test_a_missing_recipe_names_the_nearest(raylign: Command, bench: Bench, verb
     [
         ("stages.0.workers=9", ["train worker 9 of 9 does not fit"]),
         ("stages.1.rollout.workers=20", ["rollout 8 of 20 does not fit", "asked: policy 1 × 1 CPU"]),
+        ("stages.1.rollout.resources={split_from: policy}", ["rollout 1 of 2", "one node only", "several nodes"]),
+        ("stages.1.scoring.resources={cpus: 8, colocate_with: policy}", ["policy with reward", "a node with 9 CPU"]),
         ("stages.0.resources={gpus: 99}", ["train worker 1 of 1", "1 CPU + 99 GPU", "no node is large enough"]),
     ],
 )

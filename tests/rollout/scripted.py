@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from raylign.cluster.config import ElasticWorkers, Resources
+from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
 from raylign.rollout.ledger import Ledger
@@ -96,7 +96,7 @@ class Crew:
             group_size=8,
             slots=16,
             workers=ElasticWorkers(min=1, max=workers + 1, start=workers),
-            resources=Resources(cpus=cpus),
+            resources=RoleResources(cpus=cpus),
             **({"health_seconds": 60} | config),
         )
         spec = WorkerSpec(base=folder, dtype="float32", config=rollout, seed=3, max_length=64, stop_token_ids=())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from raylign.cluster.config import ElasticWorkers, Resources
+from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.errors import InputError, RunFailed
 from raylign.cluster.weights import ObjectStore, WeightVersion, joined, tensors_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
@@ -32,7 +32,7 @@ def _spec(base: Path, workers: int = 1) -> WorkerSpec:
         slots=16,
         workers=ElasticWorkers(min=1, max=3, start=workers),
         sampling=SamplingConfig(max_tokens=20),
-        resources=Resources(cpus=0.5),
+        resources=RoleResources(cpus=0.5),
     )
     return WorkerSpec(base=base, dtype="float32", config=config, seed=3, max_length=64, stop_token_ids=(2,))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from raylign.cluster.config import Resources
+from raylign.cluster.config import RoleResources
 from raylign.cluster.errors import RunFailed
 from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest, joined, version_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
@@ -119,7 +119,7 @@ def test_an_engine_that_need_not_be_exact_takes_all_cpus_of_its_worker(
     exact: bool, threads: int, tiny_model: Path
 ) -> None:
     before = torch.get_num_threads()
-    config = RolloutConfig(slots=8, exact=exact, resources=Resources(cpus=2))
+    config = RolloutConfig(slots=8, exact=exact, resources=RoleResources(cpus=2))
     assert config.is_exact == exact
     spec = WorkerSpec(base=tiny_model, dtype="float32", config=config, seed=3, max_length=64, stop_token_ids=(2,))
     assert RolloutWorker("w", spec)._engine.call(lambda _: torch.get_num_threads()).result() == threads

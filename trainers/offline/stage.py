@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...cluster.errors import DoesNotFit, RunFailed
-from ...cluster.placement import amount, free_offers, place, release
+from ...cluster.placement import free_offers, place, release
+from ...cluster.planning import amount
 from ...cluster.rundir import RunDir
 from ..config import stage_name
 from ..data.proof import EncodedRow

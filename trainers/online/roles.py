@@ -3,7 +3,8 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
-from ...cluster.errors import WorkerFailed, WorkerLost
-from ...cluster.placement import amount, node_of, place, release
+from ...cluster.errors import DoesNotFit, WorkerFailed, WorkerLost
+from ...cluster.placement import free_offers, node_of, place, release
+from ...cluster.planning import Offer, amount
 from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
+from ...rollout.places import Places
 from ...rollout.records import Group
 from ..stages import LearnerResources, OnlineStage
 from .batch import TrainSample
@@ -29,6 +32,12 @@ LOAD_SECONDS = 1800.0
 
 END_SECONDS = 60.0
 """How long an actor that was ended may go on holding its name."""
+
+KEEP_SECONDS = 2.0
+"""How long those who stand hold up the choice of nodes for others; Ray tells of freed resources up to a second late."""
+
+PULSE_SECONDS = 1.0
+"""How long an actor has to answer for its life before others are placed; one that is busy may take longer."""
 
 _STATELESS = {"max_restarts": 3, "max_task_retries": 3}
 """Ray starts these again elsewhere and repeats the call: what they answer depends on what they are asked alone."""
@@ -46,10 +55,11 @@ class Roles:
     """
 
     def __init__(
-        self, prefix: str, spec: PolicySpec, stage: OnlineStage, *, samples: Path, wait_seconds: float
+        self, prefix: str, spec: PolicySpec, stage: OnlineStage, places: Places, *, samples: Path, wait_seconds: float
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
+        self._places = places
         self._placements: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
         self._scorers: list[str] = []
@@ -91,15 +101,17 @@ class Roles:
         from ...rollout.rewards.scorer import Scorer
 
         stage = self._stage
+        stateless = {} if self._places.wished else _STATELESS  # Ray would bind one whose node died to it for ever
+        self._settle(tick)
         new = self._begin_group("policy", PolicyActor, stage.policy, tick)
         if stage.reference_role:
-            self._begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **_STATELESS)
+            self._begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **stateless)
         if stage.critic:
             self._begin_group("critic", CriticActor, stage.critic.resources, tick)
         for i in range(stage.scoring.workers):
             device = "cuda" if stage.scoring.resources.gpus else "cpu"
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
-            self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
+            self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **stateless)
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
         others = [[name] for name in self._actors if name not in self.learners()]
         for names in [*self._groups(), *others]:
@@ -140,11 +152,18 @@ class Roles:
 
         def cancelled() -> bool:
             tick()  # what it raises gives the place back
+            self._settle_again()
             return False
 
         calls.wait_until_gone(f"{self._prefix}{name}", timeout=END_SECONDS, tick=tick)
         with self._waiting(f"a place with {amount(resources.cpus, resources.gpus)}", name):
-            placement = place(f"{self._prefix}{name}", resources, self._wait_seconds, cancelled=cancelled)
+            placement = place(
+                f"{self._prefix}{name}",
+                resources,
+                self._wait_seconds,
+                bounds=partial(self._places.bounds, name),
+                cancelled=cancelled,
+            )
         self._placements[name] = placement
         self._nodes[name] = node_of(placement) or ""
         actor = ray.remote(role).options(
@@ -155,6 +174,49 @@ class Roles:
             **options,
         )
         self._actors[name] = actor.remote(*given)
+
+    def _settle(self, tick: Tick) -> None:
+        """Where roles have wishes, choose the nodes of all actors that are missing. Raises `DoesNotFit`.
+
+        Who learned nothing is started anew where he is dead. The others keep their places for a while; where that
+        leaves no room, who learned nothing gives his up, and rollout workers follow.
+        """
+        began = time.monotonic()
+        with self._waiting("nodes as the roles wish", "policy-0"):
+            while self._places.wished:
+                nodes, waited = free_offers(), time.monotonic() - began
+                moving = waited > KEEP_SECONDS
+                self.end(name for name in self._answering() if moving or not self._lives(name, nodes))
+                try:
+                    return self._places.choose(self._actors, nodes, moving=moving)
+                except DoesNotFit as error:
+                    if waited > self._wait_seconds:
+                        raise DoesNotFit(f"{error}. That is what was free for {self._wait_seconds:g} s") from None
+                tick()
+                time.sleep(0.2)
+
+    def _settle_again(self) -> None:
+        """Choose other nodes where one that was chosen is lost before all have their places, as soon as there are."""
+        if not self._places.wished or self._places.settled(self._actors, nodes := free_offers()):
+            return
+        for moving in (False, True):
+            with suppress(DoesNotFit):
+                return self._places.choose(self._actors, nodes, moving=moving)
+
+    def _answering(self) -> list[str]:
+        """Those who learn nothing, as far as they are there."""
+        return [name for name in self._actors if name not in self.learners()]
+
+    def _lives(self, name: str, nodes: Sequence[Offer]) -> bool:
+        """Whether an actor's node is among these and it is not known to be dead; Ray takes a while to miss a node."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(ray.wait([self._actors[name].__ray_ready__.remote()], timeout=PULSE_SECONDS)[0])
+        except RayError:
+            return False
+        return self._places.on(nodes, name)
 
     def look_after(self) -> None:
         """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead.

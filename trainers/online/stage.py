@@ -10,6 +10,7 @@ import numpy as np
 from ...cluster import calls
 from ...cluster.rundir import RunDir
 from ...cluster.weights import ObjectStore, base_digest, save_adapter, tensors_of
+from ...rollout.places import Places
 from ...rollout.pool import RolloutPool
 from ...rollout.worker import WorkerSpec
 from ..adapters import open_base, save_model
@@ -18,6 +19,7 @@ from ..data.inputs import StageInput
 from ..data.template import Encoded, Tokenizer, stop_tokens
 from ..model_state import ModelState, StageOutcome
 from ..stages import OnlineStage
+from ..stages.wishes import role_demands
 from .loop import OnlineLoop, Prompt
 from .policy import PolicySpec
 from .roles import END_SECONDS, Roles
@@ -59,8 +61,9 @@ def run_online_stage(
     calls.wait_until_gone(f"{run.name}/{name}", timeout=END_SECONDS)  # of a controller that died
     prefix = f"{run.name}/{name}/"
     wait = config.cluster.wait_seconds
-    roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait)
-    pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event)
+    places = Places(role_demands(stage.roles), least=stage.rollout.workers.min)
+    roles = Roles(prefix, spec, stage, places, samples=run / "samples" / name, wait_seconds=wait)
+    pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event, places=places)
     loop = OnlineLoop(
         stage,
         name,

@@ -2,10 +2,10 @@
 
 from pydantic import Field, model_validator
 
-from ...cluster.config import Resources
+from ...cluster.config import RoleResources
 
 
-class LearnerResources(Resources):
+class LearnerResources(RoleResources):
     """The ranks that hold a model together, each an actor with so many CPUs and GPUs.
 
     Several shard its weights (FSDP2) and share an update's completions; gradients do not depend on how many there are

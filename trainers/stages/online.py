@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...cluster.config import Config, Resources
+from ...cluster.config import Config, RoleResources
 from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
 from .learners import LearnerResources
+from .wishes import refuse_wishes
 
 Estimator = Literal["k1", "k2", "k3"]
 """Of a KL on the policy's own samples (Schulman 2020)."""
@@ -173,7 +174,7 @@ class OnlineStage(StageBase):
     staleness: Literal[0] = 0
     keep_best: KeepBest | None = None
     policy: LearnerResources = LearnerResources()
-    reference: Resources | Literal["adapter_off"] = Resources(cpus=0.5)
+    reference: RoleResources | Literal["adapter_off"] = RoleResources(cpus=0.5)
     """An actor of its own with a second copy of the model, or `adapter_off`: the policy itself without its adapter,
     which is what it was when the stage began."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
@@ -275,6 +276,11 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
+    def _roles_can_stand_so(self) -> "OnlineStage":
+        refuse_wishes(self.roles)
+        return self
+
+    @model_validator(mode="after")
     def _buffer_fits(self) -> "OnlineStage":
         longest = self.rollout.sampling.max_tokens
         if self.overlong and self.overlong_buffer >= longest:
@@ -290,9 +296,20 @@ class OnlineStage(StageBase):
         return self.kl is not None or (self.loss == "preference" and not self.demonstrations)
 
     @property
-    def reference_role(self) -> Resources | None:
+    def reference_role(self) -> RoleResources | None:
         """What an actor for the reference reserves, where there is one."""
-        return self.reference if self.has_reference and isinstance(self.reference, Resources) else None
+        return self.reference if self.has_reference and isinstance(self.reference, RoleResources) else None
+
+    @property
+    def roles(self) -> dict[str, tuple[int, RoleResources]]:
+        """How many actors each role has at the start and what each reserves, in the order in which they get places."""
+        return {
+            "policy": (self.policy.ranks, self.policy),
+            **({"critic": (self.critic.resources.ranks, self.critic.resources)} if self.critic else {}),
+            **({"reference": (1, self.reference_role)} if self.reference_role else {}),
+            "reward": (self.scoring.workers, self.scoring.resources),
+            "rollout": (self.rollout.workers.start, self.rollout.resources),
+        }
 
     @property
     def keeps_old(self) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest
+from raylign.rollout.places import Places
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
@@ -123,7 +124,7 @@ def train(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], RolloutPo
             max_length=52,
             stop_token_ids=(2,),
         )
-        roles = RolesHere("algorithms/", spec, stage, samples=run / "samples" / algorithm, wait_seconds=60)
+        roles = RolesHere("algorithms/", spec, stage, Places(), samples=run / "samples" / algorithm, wait_seconds=60)
         shared = pool(worker)
         shared.scale(workers)
         loop = OnlineLoop(
