@@ -18,7 +18,8 @@ def test_the_death_of_a_rank_in_an_update_changes_nothing(
     tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path
 ) -> None:
     """Rank 1 is stopped before the update and killed in it, while rank 0 waits for it in a collective."""
-    options = {"kl": "null", "steps": 2, "policy": "{ranks: 2, cpus: 0.5}", "micro_batch_tokens": 200}
+    options: dict[str, Any] = {"kl": "null", "steps": 2, "policy": "{ranks: 2, cpus: 0.5}", "micro_batch_tokens": 200}
+    options["rewards"] = '[{type: function, path: "rewards.py:held"}]'
     fields = {f"stages__0__{key}": value for key, value in options.items()}
     counted: list[int] = []
     calm, undisturbed = start(
@@ -30,26 +31,23 @@ def test_the_death_of_a_rank_in_an_update_changes_nothing(
     assert counted == [2, 2]
 
     waits: list[dict[str, Any]] = []
+    hold = tmp_path / "hold"
 
-    def kill_in_the_update(run: RunDir, victim: int) -> None:
-        def updates() -> list[dict[str, Any]]:
-            return [wait for wait in run.status().get("waiting", []) if wait["what"] == "the update of step 1"]
+    def kill_in_the_update(run: RunDir) -> None:
+        def waited_for(what: str) -> list[dict[str, Any]]:
+            return [wait for wait in run.status().get("waiting", []) if wait["what"].startswith(what)]
 
-        until("both are waited for", lambda: len(updates()) == 2)
-        waits.extend(updates())
+        until("the second step is scored", lambda: bool(waited_for("the reward of step 1")))
+        os.kill(victim := pid_of("torn/grpo/policy-1"), signal.SIGSTOP)
+        hold.unlink()
+        until("both are waited for", lambda: len(waited_for("the update of step 1")) == 2)
+        waits.extend(waited_for("the update of step 1"))
         os.kill(victim, signal.SIGKILL)
 
     def act(run: RunDir, done: int) -> None:
-        tell = run.event
-
-        def told(kind: str, **facts: Any) -> None:
-            tell(kind, **facts)
-            if kind == "checkpoint" and facts["step"] == 1 and not run.events("role_lost"):
-                victim = pid_of("torn/grpo/policy-1")
-                os.kill(victim, signal.SIGSTOP)
-                threading.Thread(target=kill_in_the_update, args=(run, victim), daemon=True).start()
-
-        run.event = told if done == 1 else tell
+        if done == 1 and not run.events("role_lost"):
+            hold.touch()
+            threading.Thread(target=kill_in_the_update, args=(run,), daemon=True).start()
 
     torn, disturbed = start(load_recipe(tiny_grpo("torn", **fields)), tmp_path, act)
     assert sorted(wait["actor"] for wait in waits) == ["torn/grpo/policy-0", "torn/grpo/policy-1"]
