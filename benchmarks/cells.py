@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from typing import Any
 
 FAULTS = ("SIGKILL", "SIGSTOP", "exception", "out of memory", "disk full")
-ROLES = ("rollout", "reward", "reference", "policy", "controller")
+ROLES = ("rollout", "reward", "reference", "critic", "policy", "controller", "node")
 PHASES = ("generate", "score", "update", "publish", "checkpoint")
 
 _AT_WORK = {
     "rollout": ("generate", "publish"),
     "reward": ("score",),
     "reference": ("score",),
+    "critic": ("score", "update", "checkpoint"),
     "policy": ("update", "publish", "checkpoint"),
     "controller": PHASES,
+    "node": (),
 }
 """The phases in which a role has work to do, and so can fail in it."""
 
-_WRITES = {"policy": ("checkpoint",), "controller": PHASES}
+_WRITES = {"critic": ("checkpoint",), "policy": ("checkpoint",), "controller": PHASES}
 """The phases in which a role writes to the run's storage."""
 
 
@@ -41,7 +43,10 @@ def all_cells() -> list[Cell]:
 
 
 def impossible(cell: Cell) -> str:
-    """Why a cell cannot happen; empty where it can. A process can be killed or suspended at any time."""
+    """Why a cell cannot happen; empty where it can. A process can be killed or suspended at any time, and a node, which
+    is one with a rollout worker, with all of its processes."""
+    if cell.role == "node" and cell.fault not in ("SIGKILL", "SIGSTOP"):
+        return "of a process"
     if cell.fault in ("exception", "out of memory") and cell.phase not in _AT_WORK[cell.role]:
         return "idle"
     if cell.fault == "disk full" and cell.phase not in _WRITES.get(cell.role, ()):
