@@ -74,3 +74,21 @@ def _entry(cell: Cell, told: dict[Cell, dict[str, Any]]) -> str:
     case = told[cell]
     ended = "" if case["outcome"] == "healed" else ", resumed"
     return f"{case['seconds']:.0f} s{ended}{'' if case['equal'] else ' **differs**'}"
+
+
+def overview(cases: list[dict[str, Any]]) -> str:
+    """The table by role and fault: the range of the seconds over the phases, in how many of them it can happen."""
+    head = f"| | {' | '.join(FAULTS)} |\n|{'---|' * (1 + len(FAULTS))}"
+    rows = [f"| {role} | {' | '.join(_range(cases, fault, role) for fault in FAULTS)} |" for role in ROLES]
+    return "\n".join([head, *rows])
+
+
+def _range(cases: list[dict[str, Any]], fault: str, role: str) -> str:
+    told = [case for case in cases if (case["fault"], case["role"]) == (fault, role)]
+    if not told:
+        return "–"
+    low, high = (f"{bound(case['seconds'] for case in told):.0f}" for bound in (min, max))
+    ended = sum(case["outcome"] != "healed" for case in told)
+    unlike = sum(not case["equal"] for case in told)
+    notes = f"{len(told)}" + (f", {ended} resumed" if ended else "") + (f", {unlike} **differ**" if unlike else "")
+    return f"{low if low == high else f'{low}–{high}'} s ({notes})"

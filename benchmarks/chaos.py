@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from . import results
-from .cells import FAULTS, ROLES, Cell, all_cells, impossible
+from .cells import FAULTS, ROLES, Cell, all_cells, impossible, overview
 from .nodes import two_nodes
 from .table import write_table
 from .trouble import differences, every_other_step, suffer, write_recipe
 
 _DISK = "64m"
+_RESULT = results.RESULTS / "chaos.json"
 
 
 @contextlib.contextmanager
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
             spread = recipe
         equal = [_suffer_one(spread if on_nodes else recipe, place, cells) for (_, on_nodes), cells in runs.items()]
     write_table(results.RESULTS)
+    print(overview(results.read(_RESULT)["cases"]))
     return 0 if all(equal) else 1
 
 
@@ -84,9 +86,8 @@ def _suffer_one(recipe: Path, place: Path, cells: Sequence[Cell]) -> bool:
     for cell in told:
         cell["equal"] = not (differ.get(cell["step"]) or differ.get(cell["step"] + 1))
     facts = {"machine": results.machine(), "versions": results.versions(), "date": results.now()}
-    path = results.RESULTS / "chaos.json"
-    kept = [case for case in results.read(path)["cases"] if _cell(case) not in cells]
-    results.write(path, {"name": "chaos", **facts, "cases": sorted(kept + told, key=lambda c: _ORDER[_cell(c)])})
+    kept = [case for case in results.read(_RESULT)["cases"] if _cell(case) not in cells]
+    results.write(_RESULT, {"name": "chaos", **facts, "cases": sorted(kept + told, key=lambda c: _ORDER[_cell(c)])})
     print(json.dumps({"fault": fault, "weights": weights, "differences": differ}), file=sys.stderr)
     return weights[0] == weights[1] and not differ
 

@@ -96,7 +96,7 @@ def _of_goodput(steps: int, kills: int, arena: Arena) -> Contest:
 
     def ours(pair: int) -> Measured:
         found: Goodput = trial(pair)
-        measured.append(asdict(found))
+        measured.append({**asdict(found), "formula": found.formula})
         return Measured(amount=found.useful, seconds=found.wall, cpu_seconds=found.wall)
 
     def theirs(pair: int) -> Measured:
