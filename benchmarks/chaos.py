@@ -1,8 +1,8 @@
 """The kill matrix, whole: `python -m benchmarks.chaos`, from the root of the repository.
 
-One run of a tiny model goes on undisturbed. Others of the same recipe suffer every cell of the matrix, a run a fault, a
-cell every other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say
-so), it is resumed. Nodes die in runs of their own, in a Ray of two. Needs root, for a disk of a fixed size.
+One run of a tiny model goes on undisturbed. Others of the same recipe suffer every cell of the matrix, ten a run, one
+every other step, and must end with the same metrics, samples and weights. Where a fault ends the run (it must say so),
+it is resumed. Nodes die in runs of their own, in a Ray of two. Needs root, for a disk of a fixed size.
 """
 
 import argparse
@@ -11,17 +11,20 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import results
 from .cells import FAULTS, ROLES, Cell, all_cells, impossible, overview
-from .nodes import two_nodes
+from .nodes import ROOM, two_nodes
 from .table import write_table
 from .trouble import differences, every_other_step, suffer, write_recipe
 
 _DISK = "64m"
+_CELLS = 10
+"""How many cells a run suffers."""
+_STEPS = 2 * _CELLS + 2
 _RESULT = results.RESULTS / "chaos.json"
 
 
@@ -33,7 +36,7 @@ def small_disk(place: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,47 +51,45 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     adopt_orphans()
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
-    runs = _runs(options.faults or FAULTS, options.roles)
-    steps = 2 * max(map(len, runs.values())) + 2
+    chosen = [c for c in all_cells() if c.fault in (options.faults or FAULTS) and c.role in options.roles]
     model = tiny_model(place / "model")
-    recipe = write_recipe(place, model, steps)
+    recipe = write_recipe(place, model, _STEPS)
     suffer(recipe, place / "calm", {})
-    with contextlib.ExitStack() as stack:
-        if any(on_nodes for _, on_nodes in runs):
-            address = stack.enter_context(two_nodes())
-            spread = write_recipe(place / "nodes", model, steps, f"cluster.address={address}")
-        else:
-            spread = recipe
-        equal = [_suffer_one(spread if on_nodes else recipe, place, cells) for (_, on_nodes), cells in runs.items()]
+    equal = [_suffer_some(recipe, place, cells) for cells in _runs(c for c in chosen if c.role != "node")]
+    if runs := _runs(c for c in chosen if c.role == "node"):
+        with two_nodes() as address:
+            spread = write_recipe(place / "nodes", model, _STEPS, f"cluster.address={address}", *ROOM)
+            equal += [_suffer_some(spread, place, cells) for cells in runs]
     write_table(results.RESULTS)
     print(overview(results.read(_RESULT)["cases"]))
     return 0 if all(equal) else 1
 
 
-def _runs(faults: Sequence[str], roles: Sequence[str]) -> dict[tuple[str, bool], list[Cell]]:
-    """The cells that can happen, by run: a fault, and whether a node has it."""
-    runs: dict[tuple[str, bool], list[Cell]] = {}
-    for cell in all_cells():
-        if cell.fault in faults and cell.role in roles and not impossible(cell):
-            runs.setdefault((cell.fault, cell.role == "node"), []).append(cell)
-    return runs
+def _runs(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells that can happen, as many together as one run takes, those of a fault."""
+    possible = [cell for cell in cells if not impossible(cell)]
+    by_fault = [[cell for cell in possible if cell.fault == fault] for fault in FAULTS]
+    return [of_fault[i : i + _CELLS] for of_fault in by_fault for i in range(0, len(of_fault), _CELLS)]
 
 
-def _suffer_one(recipe: Path, place: Path, cells: Sequence[Cell]) -> bool:
-    """Have a run suffer these cells of one fault, and keep what came of them; whether nothing differs."""
-    fault = cells[0].fault
-    print(f"{fault}: {len(cells)} cells in {recipe.parent}", file=sys.stderr)
-    storage = recipe.parent / fault.replace(" ", "-")
-    with small_disk(storage):
-        told = suffer(recipe, storage, every_other_step(cells))
-        differ = differences(place / "calm/chaos", storage / "chaos")
-        weights = [json.loads((s / "chaos/summary.json").read_text())["weights"] for s in (place / "calm", storage)]
+def _suffer_some(recipe: Path, place: Path, cells: Sequence[Cell]) -> bool:
+    """Have a run suffer these cells, and keep what came of them; whether it ended as it should."""
+    print(f"{cells[0].name} … {cells[-1].name}: in {recipe.parent}", file=sys.stderr)
+    storage = recipe.parent / f"{cells[0].name} and {len(cells) - 1} more".replace(" ", "-")
+    try:
+        with small_disk(storage):
+            told = suffer(recipe, storage, every_other_step(cells))
+            differ = differences(place / "calm/chaos", storage / "chaos")
+            weights = [json.loads((s / "chaos/summary.json").read_text())["weights"] for s in (place / "calm", storage)]
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        print(error, file=sys.stderr)
+        return False
     for cell in told:
         cell["equal"] = not (differ.get(cell["step"]) or differ.get(cell["step"] + 1))
     facts = {"machine": results.machine(), "versions": results.versions(), "date": results.now()}
     kept = [case for case in results.read(_RESULT)["cases"] if _cell(case) not in cells]
     results.write(_RESULT, {"name": "chaos", **facts, "cases": sorted(kept + told, key=lambda c: _ORDER[_cell(c)])})
-    print(json.dumps({"fault": fault, "weights": weights, "differences": differ}), file=sys.stderr)
+    print(json.dumps({"weights": weights, "differences": differ}), file=sys.stderr)
     return weights[0] == weights[1] and not differ
 
 

@@ -7,12 +7,18 @@ process starts and adopts is told apart from the nodes.
 import itertools
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-HEAD_CPUS = 4
-"""Room for policy, reference, critic, reward and one rollout worker."""
+from .saboteur import processes_of_node
+
+ROOM = tuple(f"stages.0.{role}.cpus=2" for role in ("policy", "reference", "critic.resources", "scoring.resources"))
+"""What a recipe is to ask for, so that the head has room for all but one of two rollout workers, and the other node for
+that one alone."""
+_HEAD_CPUS = 2 * len(ROOM) + 1
 _LOOK_SECONDS = 0.2
 _QUICKLY = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
 """A suspended node counts as dead after two seconds or so, not after a minute."""
@@ -20,7 +26,7 @@ _QUICKLY = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "hea
 
 @contextmanager
 def two_nodes() -> Iterator[str]:
-    """Its address; the head takes a run's roles and one rollout worker, the other node one more."""
+    """Its address."""
     command = [sys.executable, "-m", "benchmarks.nodes"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin
@@ -36,35 +42,41 @@ def main() -> None:
     """Keep two nodes until standard input ends."""
     from ray.cluster_utils import Cluster
     from raylign.cluster.processes import adopt_orphans, descendants, end
-    from raylign.cluster.session import loopback_host
 
     adopt_orphans()
-    hosts = ({"node_ip_address": loopback_host(number)} for number in itertools.count(2))
-    head = {"num_cpus": HEAD_CPUS, "include_dashboard": False, "_system_config": _QUICKLY}
-    cluster = Cluster(initialize_head=True, head_node_args=head | next(hosts))
     over = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="nodes-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        nodes = (_arguments(Path(folder), number) for number in itertools.count(2))
+        head = {"num_cpus": _HEAD_CPUS, "include_dashboard": False, "_system_config": _QUICKLY}
+        cluster = Cluster(initialize_head=True, head_node_args=head | next(nodes), shutdown_at_exit=False)
 
-    def keep_one_more() -> None:
-        raylet = _join(cluster, next(hosts))
-        print(cluster.address, flush=True)
-        while not over.wait(_LOOK_SECONDS):
-            if not _works(raylet):
-                raylet = _join(cluster, next(hosts))
+        def join() -> int:
+            node = next(nodes)
+            cluster.add_node(num_cpus=1, **node)
+            return processes_of_node(node["node_ip_address"])[0]
 
-    keeper = threading.Thread(target=keep_one_more)
-    keeper.start()
-    sys.stdin.read()
-    over.set()
-    keeper.join()
-    end(descendants, grace=0)
+        def replace(raylet: int) -> None:
+            while not over.wait(_LOOK_SECONDS):
+                raylet = raylet if _works(raylet) else join()
+
+        raylet = join()
+        print(cluster.address, file=sys.__stdout__, flush=True)
+        keeper = threading.Thread(target=replace, args=(raylet,))
+        keeper.start()
+        sys.stdin.read()
+        over.set()
+        keeper.join()
+        end(descendants, grace=0)
 
 
-def _join(cluster: object, host: dict[str, str]) -> int:
-    """Add a node; the id of its raylet."""
-    from .saboteur import processes_of_node
+def _arguments(folder: Path, number: int) -> dict[str, str]:
+    """Where a node lives. With a folder of its own it leaves alone what tells a driver that the head is its node."""
+    from raylign.cluster.session import loopback_host
 
-    cluster.add_node(num_cpus=1, **host)  # pyright: ignore[reportAttributeAccessIssue]
-    return processes_of_node(host["node_ip_address"])[0]
+    host = loopback_host(number)
+    assert host, "nodes that share an address cannot be told apart"
+    (folder / str(number)).mkdir()
+    return {"node_ip_address": host, "temp_dir": str(folder / str(number))}
 
 
 def _works(pid: int) -> bool:
