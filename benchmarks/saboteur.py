@@ -4,6 +4,7 @@ PLAN is a JSON list of `{"step", "fault", "role", "phase"}`. Each happens once, 
 happened is noted in `PLAN.done` before it does, so that a controller that is started again goes on behind it.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -98,7 +99,8 @@ class Saboteur:
             os.fsync(file.fileno())
         if fault in ("SIGKILL", "SIGSTOP"):
             for pid in pids:
-                os.kill(pid, signal.Signals[fault])
+                with contextlib.suppress(ProcessLookupError):  # a raylet's workers end with it
+                    os.kill(pid, signal.Signals[fault])
         elif fault == "disk full":
             fill(self._storage)
         elif actor is None:
