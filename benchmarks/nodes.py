@@ -41,9 +41,11 @@ def two_nodes() -> Iterator[str]:
 def main() -> None:
     """Keep two nodes until standard input ends."""
     from ray.cluster_utils import Cluster
+    from raylign.cluster.auth import ask_for_token
     from raylign.cluster.processes import adopt_orphans, descendants, end
 
     adopt_orphans()
+    ask_for_token(make=True)
     over = threading.Event()
     with tempfile.TemporaryDirectory(prefix="nodes-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         nodes = (_arguments(Path(folder), number) for number in itertools.count(2))

@@ -1,6 +1,7 @@
 """How a run ends on an exception that nobody foresaw: not at all, where its supervisor begins it again."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def begin(
         monkeypatch.setattr(launch, "run_recipe", pipeline)
         config = load_recipe(tiny_grpo("defect", cluster=json.dumps({"address": ray_session})))
         run = open_run(config, tmp_path / "runs", named=True, resume=True)
-        with pytest.raises(RunFailed, match=str(error)):
+        with pytest.raises(RunFailed, match=re.escape(str(error))):
             launch.launch(config, run, lambda _: None, attempt=Attempt(again, run))
         return run
 
