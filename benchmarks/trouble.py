@@ -26,15 +26,15 @@ stages:
     learning_rate: 1e-3
     critic: {{learning_rate: 1e-3}}
     checkpoint_every: 2
-    timeout_seconds: 6
+    timeout_seconds: 10
     rollout:
       workers: 2
       group_size: 8
       sampling: {{max_tokens: 12}}
       max_prompt_tokens: 40
       slots: 16
-      timeout_seconds: 6
-      health_seconds: 4
+      timeout_seconds: 10
+      health_seconds: 6
     schedule: constant
     rewards: [{{type: function, path: "rewards.py:vowels"}}]
     kl: {{coefficient: 0.01}}
