@@ -98,7 +98,6 @@ def _local(config: ClusterConfig, dashboard: bool) -> Iterator[Session]:
 def _existing(address: str) -> Iterator[Session]:
     import ray
 
-    ask_for_token(make=False)
     probe(address)
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
@@ -113,8 +112,9 @@ def _existing(address: str) -> Iterator[Session]:
 def probe(address: str) -> None:
     """Find out in seconds what `ray.init` says after two minutes: nobody listens, or the token is wrong.
 
-    Raises `ClusterUnreachable`, and `InputError` for what is no address.
+    The token of this user is used from then on. Raises `ClusterUnreachable`, and `InputError` for what is no address.
     """
+    ask_for_token(make=False)
     if address == "auto" or address.startswith("ray://"):
         return
     if "://" in address:

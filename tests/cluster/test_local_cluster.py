@@ -89,15 +89,17 @@ def test_the_jobs_api_asks_for_the_token(cluster: LocalCluster, monkeypatch: pyt
 def test_a_driver_with_a_wrong_token_is_told_at_once(cluster: LocalCluster) -> None:
     script = f"""
 from raylign.cluster.config import ClusterConfig
-from raylign.cluster.session import connect
+from raylign.cluster.session import connect, probe
+probe({cluster.address!r})  # as a run does before it reads its data
 with connect(ClusterConfig(address={cluster.address!r})) as session:
     import ray
     print(session.local, sorted(n["NodeManagerAddress"] for n in ray.nodes()))
 """
 
     def driver(**environment: str) -> subprocess.CompletedProcess[str]:
+        plain = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}  # as a user's shell
         return subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", script], env=plain | environment, capture_output=True, text=True, timeout=60
         )
 
     assert "False ['127.0.0.2', '127.0.0.3', '127.0.0.4']" in driver().stdout
