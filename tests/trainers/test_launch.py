@@ -1,6 +1,5 @@
 """How a run ends on an exception that nobody foresaw: not at all, where its supervisor begins it again."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ def begin(
             raise error
 
         monkeypatch.setattr(launch, "run_recipe", pipeline)
-        config = load_recipe(tiny_grpo("defect", cluster=json.dumps({"address": ray_session})))
+        config = load_recipe(tiny_grpo("defect", cluster__cpus=8))
         run = open_run(config, tmp_path / "runs", named=True, resume=True)
         with pytest.raises(RunFailed, match=re.escape(str(error))):
             launch.launch(config, run, lambda _: None, attempt=Attempt(again, run))
