@@ -42,7 +42,7 @@ cluster: {{cpus: 8}}
 controller: {{pause_seconds: 0.1, hang_seconds: 2}}
 """
 REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
-_LIMIT_SECONDS = 900.0
+_LIMIT_SECONDS = 1800.0
 
 
 def write_recipe(folder: Path, model: Path, steps: int, *sets: str) -> Path:
