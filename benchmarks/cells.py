@@ -86,7 +86,8 @@ def overview(cases: list[dict[str, Any]]) -> str:
 def _range(cases: list[dict[str, Any]], fault: str, role: str) -> str:
     told = [case for case in cases if (case["fault"], case["role"]) == (fault, role)]
     if not told:
-        return "–"
+        possible = any(not impossible(Cell(fault, role, phase)) for phase in PHASES)
+        return "not measured" if possible else "cannot"
     low, high = (f"{bound(case['seconds'] for case in told):.0f}" for bound in (min, max))
     ended = sum(case["outcome"] != "healed" for case in told)
     unlike = sum(not case["equal"] for case in told)

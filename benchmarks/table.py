@@ -26,9 +26,10 @@ ours also return the log-prob of every token, the others do not.
 """
 
 _CHAOS = """\
-`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step. Each run ended with the
-metrics, samples and weights of the undisturbed one and left no process, unless a cell says that it differs. *resumed*:
-the run ended with its reason, as it should where the disk is full or its own code failed, and `resume` went on.
+`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step; first the range over the
+phases and their number, then each. A run ended with the metrics, samples and weights of the undisturbed one and left no
+process, unless a cell says that it differs. *resumed*: the run ended with its reason, as it should where the disk is
+full, and `resume` went on.
 """
 
 _RECOVERY = """\

@@ -42,6 +42,7 @@ cluster: {{cpus: 8}}
 controller: {{pause_seconds: 0.1, hang_seconds: 2}}
 """
 REWARDS = "def vowels(completion, row):\n    return float(sum(c in 'aeiou' for c in completion))\n"
+_RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _LIMIT_SECONDS = 1800.0
 
 
@@ -102,7 +103,7 @@ def _left(before: set[psutil.Process]) -> list[psutil.Process]:
     from raylign.cluster.processes import running
 
     this = psutil.Process()
-    at_work = [p for p in this.children(recursive=True) if _title(p).startswith("ray::") and _title(p) != "ray::IDLE"]
+    at_work = [p for p in this.children(recursive=True) if _title(p).startswith("ray::") and _title(p) not in _RAYS_OWN]
     new = {*this.children(), *(p for p in at_work if p.status() != psutil.STATUS_STOPPED)} - before
     return [p for p in new if running(p)]
 
