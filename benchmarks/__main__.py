@@ -16,6 +16,7 @@ from . import (
     group_prefill,
     grpo,
     mixed_adapters,
+    recovery,
     results,
     rollout,
     sync,
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "faults": faults,
     "update": update,
     "grpo": grpo,
+    "recovery": recovery,
 }
 _QUICK_PAIRS = 2
 

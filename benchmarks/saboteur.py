@@ -4,6 +4,7 @@ PLAN is a JSON list of `{"step", "fault", "role", "phase"}`. Each happens once, 
 happened is noted in `PLAN.done` before it does, so that a controller that is started again goes on behind it.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -18,11 +19,16 @@ _METHODS = {
     ("rollout", "publish"): ("_worker", "set_weights"),
     ("reward", "score"): ("", "_scored"),
     ("reference", "score"): ("_reference", "logprobs"),
+    ("critic", "score"): ("_critic", "values"),
+    ("critic", "update"): ("_critic", "update"),
+    ("critic", "checkpoint"): ("_critic", "save"),
     ("policy", "update"): ("_policy", "update"),
     ("policy", "publish"): ("_policy", "export"),
     ("policy", "checkpoint"): ("_policy", "save"),
 }
 """Where an actor's own code can be made to raise: the attribute that has it, and the method."""
+_SCORES = {"reference": "reference", "critic": "values"}
+"""What the loop calls the part of scoring that is not the rewards."""
 _HEADROOM = 256 * 2**20
 _FULL_SECONDS = 120.0
 
@@ -37,13 +43,13 @@ def main(recipe: str, storage: str, plan: str) -> None:
     config = load_recipe(Path(recipe))
     run = open_run(config, Path(storage), named=True, resume=True)
     with run.hold():
-        again = supervised(run, config.controller, _say)
+        attempt = supervised(run, config.controller, _say)
 
         from raylign.trainers.launch import launch
 
         Saboteur(Path(plan), Path(storage)).install()
         try:
-            launch(config, run, _say, again=again)
+            launch(config, run, _say, attempt=attempt)
         except RaylignError as error:
             _say(f"error: {error}")
             raise SystemExit(error.exit_code) from error
@@ -74,7 +80,7 @@ class Saboteur:
     def _reach(self, loop: Any, phase: str) -> None:
         step = loop.step - 1 if phase == "checkpoint" else loop.step  # it has been counted by then
         for number, cell in enumerate(self._plan):
-            name = "reference" if (cell["role"], cell["phase"]) == ("reference", "score") else cell["phase"]
+            name = _SCORES.get(cell["role"], "score") if cell["phase"] == "score" else cell["phase"]
             if cell["step"] == step and phase == "generate":
                 _fill_up(loop._pool)
             if (cell["step"], name) == (step, phase) and number not in self._done():
@@ -86,13 +92,15 @@ class Saboteur:
 
     def _act(self, number: int, cell: dict[str, Any], prefix: str) -> None:
         fault, role = cell["fault"], cell["role"]
-        actor, pid = (None, os.getpid()) if role == "controller" else _victim(f"{prefix}/{role}")
+        actor, pids = (None, [os.getpid()]) if role == "controller" else _victim(prefix, role)
         with self._done_file.open("a") as file:
-            file.write(json.dumps({"number": number, "time": time.time(), "pid": pid}) + "\n")
+            file.write(json.dumps({"number": number, "time": time.time(), "pids": pids}) + "\n")
             file.flush()
             os.fsync(file.fileno())
         if fault in ("SIGKILL", "SIGSTOP"):
-            os.kill(pid, signal.Signals[fault])
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):  # a raylet's workers end with it
+                    os.kill(pid, signal.Signals[fault])
         elif fault == "disk full":
             fill(self._storage)
         elif actor is None:
@@ -111,13 +119,29 @@ def _fill_up(pool: Any) -> None:
         time.sleep(0.05)
 
 
-def _victim(name: str) -> tuple[Any, int]:
-    """A living actor of a role, and its process."""
+def _victim(prefix: str, role: str) -> tuple[Any, list[int]]:
+    """A living actor of a role, and its process; of a node, a rollout worker away from the head, and its raylet with
+    all that descends from it."""
     import ray
     from ray._private.state import actors
 
-    alive = [a for a in actors(actor_state_name="ALIVE").values() if a["Name"].startswith(name)]
-    return ray.get_actor(alive[0]["Name"]), alive[0]["Pid"]
+    head = ray.util.get_node_ip_address()
+    kind = "rollout" if role == "node" else role
+    alive = [a for a in actors(actor_state_name="ALIVE").values() if a["Name"].startswith(f"{prefix}/{kind}")]
+    if role == "node":
+        alive = [a for a in alive if a["Address"]["IPAddress"] != head]
+        return None, processes_of_node(alive[0]["Address"]["IPAddress"])
+    return ray.get_actor(alive[0]["Name"]), [alive[0]["Pid"]]
+
+
+def processes_of_node(address: str) -> list[int]:
+    """The raylet of the node with that address on this machine, before all that descends from it."""
+    import psutil
+
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and f"--node_ip_address={address}" in (process.info["cmdline"] or ()):
+            return [process.pid, *(child.pid for child in process.children(recursive=True))]
+    raise RuntimeError(f"no raylet has the address {address}")
 
 
 def _spoil(actor: Any, owner: str, method: str, fault: str) -> None:

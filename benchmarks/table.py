@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from .cells import matrix
+from .cells import matrix, overview
 from .results import read
 
 _TEXT = """\
@@ -32,10 +32,22 @@ each side on all cores, with its number as seed; phases, curves and time to a re
 """
 
 _CHAOS = """\
-`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step. Each run ended with the
-metrics, samples and weights of the undisturbed one and left no process, unless a cell says that it differs. *resumed*:
-the run ended with its reason, as it should where the disk is full or its own code failed, and `resume` went on.
+`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step; first the range over the
+phases and their number, then each. A run ended with the metrics, samples and weights of the undisturbed one and left no
+process, unless a cell says that it differs. *resumed*: the run ended with its reason, as it should where the disk is
+full, and `resume` went on.
 """
+
+_RECOVERY = """\
+A SIGKILL at the beginning of a phase in which the step waits for that role; two rollout workers, PPO with a reference.
+"""
+
+_GOODPUT = """\
+Goodput of GRPO whose policy dies every M seconds: the share of the time that went into steps that stay, against the
+formula 1 − δ/τ − (τ/2 + R)/M with the run's own numbers.
+
+| goodput | formula | kills | M | τ | δ | R |
+|---|---|---|---|---|---|---|"""
 
 _COLUMNS = ("case", "ratio", "range", "by CPU seconds", "pairs", "ours", "theirs", "unit", "limit")
 
@@ -63,10 +75,31 @@ def _ratios(cases: list[dict[str, Any]]) -> str:
 
 
 def _chaos(cases: list[dict[str, Any]]) -> str:
-    return f"{_CHAOS}\n{matrix(cases)}"
+    return f"{_CHAOS}\n{overview(cases)}\n\n{matrix(cases)}"
 
 
-_TABLES = {"chaos": _chaos}
+def _recovery(cases: list[dict[str, Any]]) -> str:
+    head = (
+        "| killed | seconds to the end of the next step | kills | seconds of an undisturbed step |\n|---|---|---|---|"
+    )
+    by_role = [_of_role(case) for case in cases if not case["settings"].get("measured")]
+    whole = [_of_goodput(m) for case in cases for m in case["settings"].get("measured", ())]
+    return "\n".join([_RECOVERY, head, *by_role, "", _GOODPUT, *whole])
+
+
+def _of_role(case: dict[str, Any]) -> str:
+    seconds = [pair["ours_seconds"] for pair in case["raw"]]
+    role = case["case"].removesuffix("-killed")
+    spread = f"{min(seconds):.1f} … {max(seconds):.1f}" if len(seconds) > 1 else f"{seconds[0]:.1f}"
+    return f"| {role} | {spread} | {len(seconds)} | {1 / case['theirs']:.2f} |"
+
+
+def _of_goodput(m: dict[str, Any]) -> str:
+    seconds = " | ".join(f"{m[key]:.2f}" for key in ("between", "tau", "delta", "recovery"))
+    return f"| {m['useful'] / m['wall']:.2f} | {m['formula']:.2f} | {m['kills']} | {seconds} |"
+
+
+_TABLES = {"chaos": _chaos, "recovery": _recovery}
 """How the results that are no ratios are shown."""
 
 

@@ -87,12 +87,12 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
 
     with directory.hold():
         notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
-        again = supervisor.supervised(directory, config.controller, say)
+        attempt = supervisor.supervised(directory, config.controller, say)
 
         from ..trainers.launch import launch
 
         with progress_of(directory):
-            summary = launch(config, directory, say, again=again)
+            summary = launch(config, directory, say, attempt=attempt)
     print_json(summary) if json else _print_summary(summary, directory)
     if summary["status"] != "succeeded":
         raise typer.Exit(1)

@@ -98,8 +98,8 @@ def _local(config: ClusterConfig, dashboard: bool) -> Iterator[Session]:
 def _existing(address: str) -> Iterator[Session]:
     import ray
 
-    ask_for_token(make=False)
     probe(address)
+    ask_for_token(make=False)  # of an address that cannot be probed too
     try:
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -113,7 +113,7 @@ def _existing(address: str) -> Iterator[Session]:
 def probe(address: str) -> None:
     """Find out in seconds what `ray.init` says after two minutes: nobody listens, or the token is wrong.
 
-    Raises `ClusterUnreachable`, and `InputError` for what is no address.
+    The token of this user is used from then on. Raises `ClusterUnreachable`, and `InputError` for what is no address.
     """
     if address == "auto" or address.startswith("ray://"):
         return
@@ -123,6 +123,7 @@ def probe(address: str) -> None:
     if not host or not port.isdigit():
         raise InputError(f"cluster.address {address!r} needs the form host:port, such as 10.0.0.5:6379")
     require_listener(host, int(port), address)
+    ask_for_token(make=False)
     _check_token(address)
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -25,15 +26,43 @@ _REFUSALS = (2, 3, 4, 5)
 """Exit codes that another attempt would give again."""
 
 
-def supervised(run: RunDir, config: ControllerConfig, say: Callable[[str], None]) -> bool:
-    """Return in a child process, which is the run's controller; whether it takes the place of one that died.
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A controller and those before it; without a supervisor it is the first and the last."""
+
+    again: bool = False
+    """Whether it takes the place of one that died."""
+    run: RunDir | None = None
+    """The run, where a supervisor waits for the controller's end."""
+    seen: frozenset[str] = frozenset()
+    """The run's progress when it was started."""
+
+    def may_die(self) -> bool:
+        """Whether it may end on an exception that nobody foresaw as if it had been killed, to be begun again.
+
+        A defect would come back for ever: a controller that was begun again may not, unless there is a new checkpoint.
+        """
+        if self.run is None or self.run.desired().get("stop"):
+            return False
+        return not self.again or bool(progress(self.run) - self.seen)
+
+
+def progress(run: RunDir) -> set[str]:
+    """What a run has to show: its checkpoints and finished stages."""
+    kept = {str(path) for path in run.path.glob("checkpoints/*/step-*")}
+    finished = run / "progress.json"
+    return kept | ({finished.read_text()} if finished.exists() else set())
+
+
+def supervised(run: RunDir, config: ControllerConfig, say: Callable[[str], None]) -> Attempt:
+    """Return in a child process, which is the run's controller.
 
     The parent stays in here, passes SIGINT and SIGTERM on, and exits with the controller's code. Hold the run around
     this: then it is held between two controllers too. Without restarts to give there is no supervisor, and this process
     is the controller.
     """
     if not config.max_restarts:
-        return False
+        return Attempt()
     return _Supervisor(run, config, say).watch()
 
 
@@ -44,21 +73,21 @@ class _Supervisor:
         self._asked: int | None = None
         """The signal by which this process was asked to end."""
 
-    def watch(self) -> bool:
-        """Keep a controller until it ends by itself; returns in each of them, whether it is not the first."""
+    def watch(self) -> Attempt:
+        """Keep a controller until it ends by itself; returns in each of them."""
         adopt_orphans()
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-        seen, failures, again = self._progress(), 0, False
+        seen, failures, again = progress(self._run), 0, False
         while self._start(before):
             code = self._wait()
             if not self._died(code):
                 raise SystemExit(code if code >= 0 else 128 - code)
             end(descendants)
-            made = self._progress()
+            made = progress(self._run)
             failures = 1 if made - seen else failures + 1
             seen, again = seen | made, True
             self._heal(code, failures)
-        return again
+        return Attempt(again, self._run, frozenset(seen))
 
     def _start(self, handlers: dict[signal.Signals, Any]) -> bool:
         """Fork a controller, which takes signals as this process did before; false in it."""
@@ -103,7 +132,7 @@ class _Supervisor:
 
     def _heal(self, code: int, failures: int) -> None:
         """Note a death and wait before the next start. Raises `SystemExit` where there have been too many."""
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}, saying nothing"
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} before the run did"
         if failures > self._config.max_restarts:
             way_on = f"`raylign resume {self._run.argument}` goes on"
             self._say(f"the controller {how}, {failures} times now without a new checkpoint: {way_on}")
@@ -119,9 +148,3 @@ class _Supervisor:
             if self._asked:
                 raise SystemExit(128 + self._asked)
             time.sleep(_LOOK_SECONDS)
-
-    def _progress(self) -> set[str]:
-        """What the run has to show: its checkpoints and finished stages."""
-        kept = {str(path) for path in self._run.path.glob("checkpoints/*/step-*")}
-        finished = self._run / "progress.json"
-        return kept | ({finished.read_text()} if finished.exists() else set())

@@ -17,6 +17,7 @@ from ..cluster.placement import offers
 from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
+from ..cluster.supervisor import Attempt
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs, read_inputs
 from .data.prepare import prepare
@@ -27,11 +28,14 @@ logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
+_ALONE = Attempt()
 
-def launch(config: RunConfig, run: RunDir, say: Say, *, again: bool = False) -> dict[str, Any]:
+
+def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALONE) -> dict[str, Any]:
     """Do what is left of a run and return its summary. Raises `RaylignError`; the summary then says `failed`.
 
-    What users ask of the run (stop, workers) is forgotten first, unless it is begun `again` after its controller died.
+    What users ask of the run (stop, workers) is forgotten first, unless its controller died and this is another
+    `attempt`.
 
     A run that cannot begin (its inputs are wrong, it does not fit, no cluster answers) leaves no directory behind that
     was not there, and one that cannot go on keeps the status it had. One that is stopped before it is on Ray ends like
@@ -41,7 +45,7 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, again: bool = False) -> 
     with run.hold(), StopSignals(run, say).taken() as signals, _log_to(run):
         before = run.status()
         try:
-            if not again:
+            if not attempt.again:
                 run.desire(stop=False, rollout=None)
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             run.update_status(run=run.name, status="preparing", reason="", **here)
@@ -53,7 +57,7 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, again: bool = False) -> 
             raise
         run.event("run_began", resumed=bool(before), seed=config.seed)
         run.update_status(status="starting")
-        return _conclude_failures(config, run, before, lambda: _run_on_ray(config, run, inputs, signals, say))
+        return _conclude_failures(config, run, attempt, before, lambda: _run_on_ray(config, run, inputs, signals, say))
 
 
 def _prove(config: RunConfig, run: RunDir, signals: StopSignals, say: Say) -> Inputs:
@@ -134,9 +138,13 @@ def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:
 
 
 def _conclude_failures(
-    config: RunConfig, run: RunDir, before: dict[str, Any], work: Callable[[], dict[str, Any]]
+    config: RunConfig, run: RunDir, attempt: Attempt, before: dict[str, Any], work: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write down why a run failed before the error goes on to the user; `before` is its status ahead of this start."""
+    """Write down why a run failed before the error goes on to the user; `before` is its status ahead of this start.
+
+    An exception that nobody foresaw is not the run's end where its supervisor begins it again. What the machine refuses
+    (a full disk) would be refused again.
+    """
     try:
         return work()
     except RaylignError as error:
@@ -152,7 +160,8 @@ def _conclude_failures(
     except Exception as error:
         logger.exception("the run failed")
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; {_way_on(run)}"
-        _conclude_quietly(config, run, "failed", reason)
+        if isinstance(error, OSError) or not attempt.may_die():
+            _conclude_quietly(config, run, "failed", reason)
         raise RunFailed(f"{reason} (the traceback is in {run / 'run.log'})") from error
 
 

@@ -52,7 +52,7 @@ def raylign(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return Ended(code if isinstance(code, int) else 0, printed.out, printed.err)
 
     monkeypatch.setattr(ray, "init", no_ray)
-    monkeypatch.setattr(supervisor, "supervised", lambda *_: False)
+    monkeypatch.setattr(supervisor, "supervised", lambda *_: supervisor.Attempt())
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)

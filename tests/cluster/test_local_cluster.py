@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -88,15 +89,17 @@ def test_the_jobs_api_asks_for_the_token(cluster: LocalCluster, monkeypatch: pyt
 def test_a_driver_with_a_wrong_token_is_told_at_once(cluster: LocalCluster) -> None:
     script = f"""
 from raylign.cluster.config import ClusterConfig
-from raylign.cluster.session import connect
+from raylign.cluster.session import connect, probe
+probe({cluster.address!r})  # as a run does before it reads its data
 with connect(ClusterConfig(address={cluster.address!r})) as session:
     import ray
     print(session.local, sorted(n["NodeManagerAddress"] for n in ray.nodes()))
 """
 
     def driver(**environment: str) -> subprocess.CompletedProcess[str]:
+        plain = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_MODE"}  # as a user's shell
         return subprocess.run(
-            [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", script], env=plain | environment, capture_output=True, text=True, timeout=60
         )
 
     assert "False ['127.0.0.2', '127.0.0.3', '127.0.0.4']" in driver().stdout
@@ -181,6 +184,32 @@ def test_a_submitted_run_is_scaled_stopped_and_goes_on(
     wait_until("it has gone on", lambda: run.all_metrics()[-1]["step"] > saved, run)
     assert [e["step"] for e in run.events("resumed")] == [saved]
     assert json.loads(raylign("stop", "life", "--json", home=home).stdout)["status"] == "stopped"
+
+
+def test_a_job_whose_controller_is_killed_ends_as_if_it_had_not_been(
+    cluster: LocalCluster, home: Path, tiny_model: Path, tiny_grpo: Callable[..., Path], tmp_path: Path
+) -> None:
+    sets = {
+        "model__path": os.path.relpath(tiny_model, tmp_path),
+        "stages__0__steps": 12,
+        "stages__0__checkpoint_every": 2,
+        "stages__0__kl": "null",
+        "stages__0__rewards": "[{type: function, path: 'rewards.py:held', timeout_seconds: 120}]",
+    }
+    calm, killed = (RunDir(home / "runs" / name) for name in ("calm", "killed"))
+    for run in (calm, killed):  # side by side: the cluster has room for both
+        raylign("submit", tiny_grpo(run.name, **sets), "--address", cluster.jobs_url, home=home)
+    wait_until("three steps are done", lambda: len(killed.all_metrics()) >= 3, killed)
+    (tmp_path / "hold").touch()
+    os.kill(killed.status()["pid"], signal.SIGKILL)
+    wait_until("that is noticed", lambda: bool(killed.events("controller_lost")), killed)
+    (tmp_path / "hold").unlink()
+    for run in (calm, killed):
+        raylign("logs", run.name, "-f", home=home)
+    assert [job.status for job in Jobs(cluster.jobs_url).attempts("killed")] == ["succeeded"]
+    assert [e["reason"] for e in killed.events("controller_lost")] == ["it was ended by SIGKILL"]
+    assert (killed.summary()["status"], killed.summary()["restarts"]) == ("succeeded", 1)
+    assert killed.summary()["weights"] == calm.summary()["weights"]
 
 
 def wait_until(what: str, holds: Callable[[], bool], run: RunDir, seconds: float = 120) -> None:

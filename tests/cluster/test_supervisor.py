@@ -11,6 +11,7 @@ import psutil
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.cluster.rundir import RunDir
+from raylign.cluster.supervisor import Attempt
 
 PROGRAM = """\
 import os, signal, subprocess, sys
@@ -23,9 +24,9 @@ run = RunDir(Path(sys.argv[1]))
 config = ControllerConfig(max_restarts=2, pause_seconds=0.01, hang_seconds=0.5)
 held = run.hold()
 held.__enter__()
-again = supervised(run, config, lambda text: print(text, file=sys.stderr, flush=True))
+this = supervised(run, config, lambda text: print(text, file=sys.stderr, flush=True))
 heavy = [name for name in ("ray", "torch", "numpy") if name in sys.modules]
-run.event("began", again=again, pid=os.getpid(), parent=os.getppid(), heavy=heavy)
+run.event("began", again=this.again, pid=os.getpid(), parent=os.getppid(), heavy=heavy)
 run.update_status(status="running", pid=os.getpid())
 attempt = len(run.events("began"))
 with run.hold():
@@ -98,6 +99,27 @@ def test_one_that_ends_without_a_word_died(start: Start) -> None:
     process.communicate(timeout=30)
     assert process.returncode == 0
     assert len(run.events("began")) == 2
+
+
+def test_what_nobody_foresaw_is_tried_once_more_until_there_is_a_new_checkpoint(start: Start) -> None:
+    process, run = start(
+        f"if attempt == 2:\n    {CHECKPOINT}\n"
+        "if not this.may_die():\n    run.update_status(status='failed')\n"
+        "sys.exit(1)"
+    )
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert len(run.events("began")) == 3  # the second had made a checkpoint, the third had not
+    assert said.count("the controller ended with code 1 before the run did: starting it again") == 2
+    assert run.status()["status"] == "failed"
+
+
+def test_who_is_asked_to_stop_or_has_no_supervisor_does_not_die(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert Attempt(run=run).may_die()
+    run.desire(stop=True)
+    assert not Attempt(run=run).may_die()
+    assert not Attempt().may_die()
 
 
 def test_a_suspended_controller_counts_as_dead(start: Start) -> None:
