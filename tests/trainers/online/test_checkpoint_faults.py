@@ -21,7 +21,7 @@ from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.conftest import save_tokenizer
+from benchmarks.models import save_tokenizer
 
 from .runs import start
 
