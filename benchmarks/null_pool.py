@@ -14,7 +14,7 @@ import psutil
 from raylign.cluster.config import ElasticWorkers, Resources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
-from raylign.rollout.ledger import Ledger
+from raylign.rollout.ledger import GroupState, Ledger
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.records import Group
 from raylign.rollout.worker import WorkerSpec
@@ -116,10 +116,11 @@ class NullPool:
     def generate(self, groups: int, tick: Any = lambda: None) -> None:
         """One step, from the weights published for it to the last group."""
         weights = _weights(self.step)
-        self.pool.set_weights(weights, tick=tick)
+        self.pool.set_weights(weights)
         ledger = Ledger(self.step, groups, weights.version, weights.digest)
-        for _ in self.pool.generate(tasks(groups, self.step), ledger, tick=tick):
-            pass
+        self.pool.begin(tasks(groups, self.step), ledger, weights, lambda group: None)
+        while not ledger.complete(GroupState.GENERATED):
+            self.pool.turn(tick)
         self.step += 1
 
     def names(self) -> list[str]:
