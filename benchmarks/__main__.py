@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import controller, exact, faults, group_prefill, mixed_adapters, results, rollout, sync
+from . import controller, exact, faults, group_prefill, mixed_adapters, overlap, results, rollout, sync
 from .harness import one_core, run_cases
 from .measured import Case
 from .table import write_table
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "sync": sync,
     "controller": controller,
     "faults": faults,
+    "overlap": overlap,
 }
 _QUICK_PAIRS = 2
 

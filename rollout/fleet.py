@@ -15,16 +15,13 @@ from ..cluster.calls import Wait
 from ..cluster.errors import DoesNotFit, InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.placement import missing, node_of
 from ..cluster.weights import WeightVersion
-from .inbox import Inbox
+from .inbox import LOOK_SECONDS, Inbox
 from .member import Member, Stage, begin, waits
 from .pool_rules import MAX_FAILURES, Holder, moves, pause
 from .worker import WorkerSpec
 
 LOAD_SECONDS = 1800.0
 """How long a worker may take to load its model once it has a place."""
-
-LOOK_SECONDS = 0.2
-"""How often the clock is looked at."""
 
 BEAT_SECONDS = 2.0
 """How often a worker gives a sign of life, at least."""

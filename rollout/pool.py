@@ -19,7 +19,8 @@ from ..cluster import calls
 from ..cluster.calls import Wait
 from ..cluster.errors import InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.weights import WeightVersion
-from .fleet import LOOK_SECONDS, Fleet, Note
+from .fleet import Fleet, Note
+from .inbox import LOOK_SECONDS, Inbox
 from .ledger import GroupState, Ledger
 from .member import Member, Run
 from .pool_rules import Running, assign, give_up, longest_first, new_weights, overdue, prompt_key
@@ -74,6 +75,11 @@ class RolloutPool:
         """Prompt → tokens of the longest completion it gave the last time."""
         self._calls = itertools.count()
         self._fatal: RaylignError | None = None
+
+    @property
+    def inbox(self) -> Inbox:
+        """Where answers arrive; who waits in it for other actors lets the pool hear its own."""
+        return self._fleet.inbox
 
     @property
     def size(self) -> int:

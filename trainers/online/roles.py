@@ -15,12 +15,14 @@ from ...cluster.config import Resources
 from ...cluster.errors import WorkerFailed, WorkerLost
 from ...cluster.placement import amount, node_of, place, release
 from ...cluster.weights import WeightVersion
+from ...rollout.inbox import Inbox
 from ...rollout.records import Group
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
+from .scoring import Scoring, Then
 
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
@@ -44,12 +46,14 @@ class Roles:
     """
 
     def __init__(
-        self, prefix: str, spec: PolicySpec, stage: OnlineStage, *, samples: Path, wait_seconds: float
+        self, prefix: str, spec: PolicySpec, stage: OnlineStage, *, samples: Path, wait_seconds: float, inbox: Inbox
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
         self._placements: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
+        self._inbox = inbox
+        self._scoring = Scoring(inbox, self._timeout)
         self._scorers: list[str] = []
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
@@ -60,7 +64,7 @@ class Roles:
 
     def waiting(self) -> list[Wait]:
         """What is waited for from an actor now."""
-        return list(self._waits)
+        return [*self._waits, *self._scoring.waiting(self._prefix)]
 
     @contextmanager
     def _waiting(self, name: str, what: str) -> Iterator[None]:
@@ -93,7 +97,9 @@ class Roles:
         for i in range(stage.scoring.workers):
             device = "cuda" if stage.scoring.resources.gpus else "cpu"
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
-            self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **_STATELESS)
+            name = f"reward-{i}"
+            if self._begin(name, Scorer, stage.scoring.resources, given, tick, **_STATELESS):
+                self._scoring.join(name, self._actors[name], self._nodes.get(name, ""))
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
         for name, actor in self._actors.items():
             with self._waiting(name, "its start"):
@@ -139,28 +145,36 @@ class Roles:
                 with self._waiting(name, "a sign of life"):
                     calls.get(pulse, actor=name, what="its idle time", timeout=0)
 
-    def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
-        """Groups with rewards, in order; scorers work side by side."""
-        names = [self._scorers[i % len(self._scorers)] for i in range(len(groups))]
-        refs = [self._actors[name].score.remote(group) for name, group in zip(names, groups, strict=True)]
-        for name, ref, group in zip(names, refs, groups, strict=True):
-            what = f"step {group.step} group {group.index}"
-            with self._waiting(name, f"the reward of {what}"):
-                scored = calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
-            yield scored
+    def score(self, group: Group, then: Then) -> None:
+        """Have a group scored; `then` gets it with rewards. What goes wrong, `require_scores` raises."""
+        self._scoring.score(group, then)
 
-    def scoring_troubles(self) -> dict[str, float]:
+    def require_scores(self) -> None:
+        """Raise what went wrong with the scoring of a group, if anything."""
+        failed = self._scoring.failed()
+        gone = {name for name, error in failed.items() if isinstance(error, (WorkerLost, WorkerFailed))}
+        self.lost = self.lost or gone
+        for error in failed.values():
+            raise error
+
+    def ask_scoring_troubles(self) -> dict[str, Any]:
+        """Have the scorers count what went wrong in all they were given so far; for `scoring_troubles`."""
+        return {name: self._actors[name].counters.remote() for name in self._scorers}
+
+    def scoring_troubles(self, asked: dict[str, Any], *, tick: Tick) -> dict[str, float]:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
         counts: Counter[str] = Counter()
-        for name in self._scorers:
-            with self._waiting(name, "its counters"):
-                ref = self._actors[name].counters.remote()
-                counts.update(calls.get(ref, actor=name, what="its counters", timeout=self._timeout))
+        for name, ref in asked.items():
+            counts.update(self._answer(name, "its counters", tick, ref))
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
-    def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
-        """The reference's log-probs `[T]` of each sample; there is a reference only where KL is on."""
-        return self._ask("reference", "log-probs", tick, "logprobs", samples)
+    def ask_reference(self, samples: Sequence[TrainSample]) -> Any:
+        """Have the reference see samples; there is one only where KL is on. For `reference_logprobs`."""
+        return self._actors["reference"].logprobs.remote(samples)
+
+    def reference_logprobs(self, asked: Any, *, tick: Tick) -> list[np.ndarray]:
+        """The reference's log-probs `[T]` of each sample it was asked for."""
+        return self._answer("reference", "log-probs", tick, asked)
 
     def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The critic's values `[T]` of each sample, where there is a critic."""
@@ -180,10 +194,16 @@ class Roles:
         """The policy's weights, in the object store."""
         return self._ask("policy-0", f"publishing version {version}", tick, "publish", version, workers)
 
-    def save(self, folder: Path, *, tick: Tick) -> None:
-        """Have policy and critic write their state."""
+    def publish_kept(self, version: int, folder: Path, *, tick: Tick) -> WeightVersion:
+        """An earlier version as a checkpoint has it, in the object store again."""
+        return self._ask("policy-0", f"publishing version {version}", tick, "publish_kept", version, folder)
+
+    def save(self, folder: Path, before: Sequence[WeightVersion], *, tick: Tick) -> None:
+        """Have policy and critic write their state, and the versions before the policy's that steps still come from."""
         for name in self.learners():
             self._ask(name, "a checkpoint", tick, "save", folder)
+        if before:
+            self._ask("policy-0", "a checkpoint", tick, "keep", folder, before)
 
     def load(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic go on from a checkpoint."""
@@ -199,7 +219,7 @@ class Roles:
 
     def _answer(self, name: str, what: str, tick: Tick, ref: Any) -> Any:
         with self._waiting(name, what):
-            return calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
+            return self._inbox.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Keep a step's samples as parquet."""
@@ -218,6 +238,7 @@ class Roles:
                 release(placement)
             self._nodes.pop(name, None)
             self._pulses.pop(name, None)
+            self._scoring.leave(name)
         self.lost = set()
 
     def close(self) -> None:

@@ -17,7 +17,8 @@ from ..data.inputs import StageInput
 from ..data.template import Encoded, Tokenizer, stop_tokens
 from ..model_state import ModelState, StageOutcome
 from ..stages import OnlineStage
-from .loop import OnlineLoop, Prompt
+from .ahead import Prompt
+from .loop import OnlineLoop
 from .policy import PolicySpec
 from .roles import END_SECONDS, Roles
 
@@ -58,8 +59,8 @@ def run_online_stage(
     calls.wait_until_gone(f"{run.name}/{name}", timeout=END_SECONDS)  # of a controller that died
     prefix = f"{run.name}/{name}/"
     wait = config.cluster.wait_seconds
-    roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait)
     pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event)
+    roles = Roles(prefix, spec, stage, samples=run / "samples" / name, wait_seconds=wait, inbox=pool.inbox)
     loop = OnlineLoop(
         stage,
         name,
