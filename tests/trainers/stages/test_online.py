@@ -99,11 +99,30 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"minibatches": 3}, "batch_size 128 does not divide into minibatches of equal size: minibatches is 3; take"),
         ({"type": "online_dpo", "epochs": 2}, "epochs 2 and minibatches 1: DPO's gradient is known before a step's"),
         ({"loss": "ppo"}, "'clipped' or 'cispo'"),
+        ({"staleness": 5, "mismatch": None}, "staleness 5 with mismatch null: completions of weights so old mislead"),
+        (
+            {
+                "staleness": 1,
+                "policy": {"gpus": 1},
+                "rollout": {
+                    "weights": {"transport": "nccl"},
+                    "resources": {"gpus": 1},
+                    "workers": {"min": 2, "max": 2, "start": 2},
+                },
+            },
+            "staleness 1 with rollout.weights.transport nccl: a broadcast reaches all workers at once",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         stage(**fields)
+
+
+def test_older_weights_are_taken_with_the_correction_and_a_few_without() -> None:
+    assert stage(staleness=8).staleness == 8
+    assert stage(staleness=4, mismatch=None).staleness == 4
+    assert stage().staleness == 0
 
 
 def test_the_stage_and_the_algorithms_of_the_readme_are_these() -> None:
