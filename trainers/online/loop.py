@@ -286,7 +286,8 @@ class OnlineLoop:
 
         Raises `WorkerLost` where the policy is gone.
         """
-        self._ahead.advance()
+        if self._begun:
+            self._ahead.advance()
         if self._due():
             self._last_tick = time.monotonic()
             self._roles.look_after()
