@@ -76,6 +76,10 @@ class Fleet:
         able = (m for m in free if m.stage is Stage.WORKING and not m.draining and not self.silent(m, now))
         return {m.name: len(m.runs) for m in able if m.holds(weights)}
 
+    def all_hold(self, weights: WeightVersion) -> bool:
+        """Whether every worker has these weights or is about to prove them: so it is most of the time."""
+        return all((m.asked or m.proved) is weights for m in self.members.values())
+
     def holders(self, now: float) -> list[Holder]:
         """Those that have a model, and the version that each has or is about to prove."""
         loaded = (m for m in self.members.values() if m.stage in (Stage.PROVING, Stage.WORKING) and not m.draining)

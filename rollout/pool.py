@@ -194,13 +194,14 @@ class RolloutPool:
 
     def _renew(self, now: float) -> None:
         """Have workers without groups prove the weights that are asked of them next."""
-        if self._newest is None:
+        newest = self._newest
+        if newest is None or (self._fleet.all_hold(newest) and all(work.weights is newest for work in self._works)):
             return
         needs: dict[int, tuple[WeightVersion, int]] = {}
         for work in self._works:
             before = needs.get(work.weights.version, (work.weights, 0))[1]
             needs[work.weights.version] = (work.weights, before + len(work.pending))
-        found = new_weights(list(needs.values()), self._fleet.holders(now), self._fleet.capacity, self._newest)
+        found = new_weights(list(needs.values()), self._fleet.holders(now), self._fleet.capacity, newest)
         for name, weights in found.items():
             self._fleet.ask(name, weights)
 
