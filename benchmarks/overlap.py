@@ -21,7 +21,7 @@ from raylign.rollout.pool import RolloutPool
 from raylign.trainers.online.ahead import Prompt
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
-from raylign.trainers.online.roles import Roles
+from raylign.trainers.online.roles import Roles, Tick
 from raylign.trainers.stages import OnlineStage
 
 from .arena import Arena
@@ -73,6 +73,14 @@ class SleepingRoles(Roles):
     """Roles whose actors have no model."""
 
     update_seconds = 0.0
+    began = 0.0
+    """When the first weights were there."""
+
+    def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
+        published = super().publish(version, workers, tick=tick)
+        if version == 0:
+            self.began = time.perf_counter()
+        return published
 
     def _begin(self, name: str, *_: Any, **__: Any) -> bool:
         import ray
@@ -120,7 +128,7 @@ class Runner:
         )
 
     def run(self, staleness: int) -> Measured:
-        """A whole run; the seconds are those from its first step on."""
+        """A whole run, with roles of its own; the seconds are those from its first weights on."""
         self._runs += 1
         run = RunDir(self._folder / f"run-{self._runs}")
         run.path.mkdir()
@@ -136,11 +144,10 @@ class Runner:
             seed=0,
             on_metrics=lambda *_: None,
         )
-        began, cpu = time.perf_counter(), time.process_time()
         loop.run()
-        took, self.last = time.perf_counter() - began, loop.last_metrics
+        took = time.perf_counter() - self.roles.began
         self.roles.close()
-        return Measured(amount=_STEPS, seconds=took, cpu_seconds=time.process_time() - cpu)
+        return Measured(amount=_STEPS, seconds=took, cpu_seconds=took)
 
 
 @contextmanager
