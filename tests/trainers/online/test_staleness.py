@@ -126,7 +126,7 @@ def test_a_policy_that_dies_makes_the_steps_again_from_the_same_older_weights(
 
     run, summary = start(load_recipe(path), tmp_path, kill)
     assert summary["status"] == "succeeded"
-    assert [e["step"] for e in run.events("role_lost")] == [3]
+    assert [e["step"] for e in run.events("role_lost")] == [4]
     assert [e["step"] for e in run.events("resumed")] == [2]
     assert summary["weights"]["digest"] == left(undisturbed)
     assert samples(run) == samples(undisturbed)
