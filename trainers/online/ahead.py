@@ -124,6 +124,7 @@ class Ahead:
     def close(self) -> None:
         """Give up what is under way, and begin nothing more."""
         self._source.pool.withdraw()
+        self._source.roles.withdraw_scores()
         self._batches.clear()
         self._step = None
 

@@ -149,6 +149,10 @@ class Roles:
         """Have a group scored; `then` gets it with rewards. What goes wrong, `require_scores` raises."""
         self._scoring.score(group, then)
 
+    def withdraw_scores(self) -> None:
+        """Wait for no score that was asked for so far."""
+        self._scoring.withdraw()
+
     def require_scores(self) -> None:
         """Raise what went wrong with the scoring of a group, if anything."""
         failed = self._scoring.failed()

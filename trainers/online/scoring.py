@@ -72,6 +72,12 @@ class Scoring:
         else:
             then(group)
 
+    def withdraw(self) -> None:
+        """What was asked so far is not waited for: the time of what a scorer is at begins anew."""
+        self._failed.clear()
+        for scorer in self._scorers.values():
+            scorer.heard = time.monotonic()
+
     def failed(self) -> dict[str, RaylignError]:
         """Scorers whose calls failed, and those that are late."""
         now = time.monotonic()

@@ -87,3 +87,17 @@ def test_a_scorer_is_late_by_the_group_it_is_at() -> None:
     late = scoring.failed()["reward-0"]
     assert isinstance(late, WorkerLost)
     assert str(late) == "reward-0 did not finish step 3 group 4 within 0 s"
+
+
+def test_what_was_withdrawn_makes_nobody_late() -> None:
+    scoring = Scoring(Inbox(), 0.5)
+    scoring.join("reward-0", Scorer(), "here")
+    scoring.score(group(4), lambda _: None)
+    (before,) = scoring.waiting("")
+    while not scoring.failed():
+        pass
+    scoring.withdraw()
+    (after,) = scoring.waiting("")
+    assert after.what == before.what
+    assert after.since >= before.since + 0.4
+    assert scoring.failed() == {}
