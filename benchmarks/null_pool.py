@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from raylign.cluster.config import ElasticWorkers
+from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
 from raylign.rollout.ledger import GroupState, Ledger
