@@ -34,7 +34,9 @@ def scripted(folder: Path) -> type:
         def build(self) -> None:
             import os
 
-            (folder / f"pid-{self._name}").write_text(str(os.getpid()))
+            draft = folder / f"draft-{os.getpid()}"
+            draft.write_text(str(os.getpid()))
+            draft.rename(folder / f"pid-{self._name}")
 
         def set_weights(self, weights: WeightVersion) -> str:
             self._while(f"weights-{self._name}")

@@ -54,7 +54,9 @@ def _faulty(folder: Path) -> type:
             import os
             import time
 
-            (folder / f"pid-{self._name.rpartition('/')[2]}").write_text(str(os.getpid()))
+            draft = folder / f"draft-{os.getpid()}"
+            draft.write_text(str(os.getpid()))
+            draft.rename(folder / f"pid-{self._name.rpartition('/')[2]}")
             while (folder / "hold").exists():
                 time.sleep(0.01)
             if group.index == 4 and (folder / "full").exists():

@@ -353,11 +353,14 @@ class OnlineLoop:
         self._run.update_status(**told)
 
     def _waiting(self) -> list[Wait]:
-        """What actors are at for the run, and the phase of the step until one has begun something for it."""
-        waits = [*self._roles.waiting(), *self._pool.waiting()]
-        if self._now and all(wait.since < self._now.since for wait in waits):
-            waits.append(self._now)
-        return waits
+        """What actors are at for the run, and the phase of the step until one has begun something for it.
+
+        Scorers may have begun before the phase that waits for them.
+        """
+        roles, workers = self._roles.waiting(), self._pool.waiting()
+        if self._now and not roles and all(wait.since < self._now.since for wait in workers):
+            return [*workers, self._now]
+        return [*roles, *workers]
 
     def _phase(self, name: str, lane: str | None = None) -> "_Phase":
         return _Phase(self, name, lane)

@@ -1,6 +1,6 @@
 """A small disk, and runs whose roles, other than rollout, work in this process: an actor takes seconds to start.
 
-Loop, pool and rollout worker are those of a run; the pool is one for all runs.
+Loop, pool and rollout worker are those of a run; the pool is one for all runs of a file.
 """
 
 import os
@@ -54,7 +54,7 @@ class RolesHere(Roles):
         return True
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool(ray_session: str, tiny_model: Path) -> Iterator[Callable[[WorkerSpec], RolloutPool]]:
     """Gives the one pool, started for the spec of the first run; all runs' specs must be alike."""
     made: list[tuple[WorkerSpec, RolloutPool]] = []

@@ -91,7 +91,7 @@ class HeldUpdates(RolesHere):
         self.seen = getattr(self, "seen", [])
         wanted = min(step + self.ahead, self._stage.steps - 1)
         result: Future[Any] = ThreadPoolExecutor(1).submit(self._hold, wanted)
-        self._answer("policy-0", "the hold", tick, SimpleNamespace(future=lambda: result))
+        self._answers(["policy-0"], "the hold", tick, [SimpleNamespace(future=lambda: result)])
         return super().update(samples, step, kl_coefficient, tick=tick)
 
     def score(self, group: Any, then: Callable[[Any], None]) -> None:
@@ -116,17 +116,18 @@ def test_a_policy_that_dies_makes_the_steps_again_from_the_same_older_weights(
 ) -> None:
     import ray
 
-    fields = {"steps": 5, "staleness": 1, "checkpoint_every": 2, "kl": "null"}
+    fields = {"steps": 6, "staleness": 1, "checkpoint_every": 2, "kl": "null"}
     path = tiny_grpo("dies", **{f"stages__0__{key}": value for key, value in fields.items()})
     undisturbed = train_here("undisturbed", "grpo", **fields)
 
     def kill(run: RunDir, done: int) -> None:
-        if done == 4 and not run.events("role_lost"):
+        if done == 5 and not run.events("role_lost"):
             ray.kill(ray.get_actor("dies/grpo/policy-0"))
 
     run, summary = start(load_recipe(path), tmp_path, kill)
     assert summary["status"] == "succeeded"
-    assert [e["step"] for e in run.events("role_lost")] == [4]
-    assert [e["step"] for e in run.events("resumed")] == [2]
+    assert [e["step"] for e in run.events("role_lost")] == [5]
+    (resumed,) = run.events("resumed")
+    assert resumed["step"] in (2, 4)  # the checkpoint of step 4 may be on its way still
     assert summary["weights"]["digest"] == left(undisturbed)
     assert samples(run) == samples(undisturbed)
