@@ -16,6 +16,7 @@ from . import (
     group_prefill,
     grpo,
     mixed_adapters,
+    overlap,
     recovery,
     results,
     rollout,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "update": update,
     "grpo": grpo,
     "recovery": recovery,
+    "overlap": overlap,
 }
 _QUICK_PAIRS = 2
 

@@ -14,7 +14,7 @@ import psutil
 from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
-from raylign.rollout.ledger import Ledger
+from raylign.rollout.ledger import GroupState, Ledger
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.records import Group
 from raylign.rollout.worker import WorkerSpec
@@ -45,10 +45,10 @@ def local_ray() -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def null_role(folder: Path, seconds: float) -> type:
+def null_role(folder: Path, seconds: float, *, steady: bool = False) -> type:
     """An actor class (local, so that it travels by value) that sleeps for a group's time and returns empty samples.
 
-    A group's time is `seconds` on average and up to three times as long, by its index alone.
+    A group's time is `seconds`, or on average and up to three times as long, by its index alone.
     """
 
     class Null:
@@ -71,7 +71,8 @@ def null_role(folder: Path, seconds: float) -> type:
             from raylign.rollout.records import Sample
 
             if seconds:
-                time.sleep(seconds * (0.5 + 2.5 * ((group.index * 7919) % 100 / 100) ** 4))
+                longer = 1 if steady else 0.5 + 2.5 * ((group.index * 7919) % 100 / 100) ** 4
+                time.sleep(seconds * longer)
             tokens, logprobs = np.zeros(_TOKENS, np.int32), np.zeros(_TOKENS, np.float32)
             sample = Sample(tokens=tokens, logprobs=logprobs, finish_reason="length")
             return replace(group, samples=(sample,) * GROUP, worker=self._name)
@@ -87,22 +88,26 @@ def null_role(folder: Path, seconds: float) -> type:
     return Null
 
 
+def null_spec(folder: Path, *, workers: int, capacity: int) -> WorkerSpec:
+    """What null workers are built from; each has `capacity` groups at once."""
+    config = RolloutConfig(
+        group_size=GROUP,
+        slots=GROUP * capacity,
+        workers=ElasticWorkers(min=1, max=workers, start=workers),
+        resources=RoleResources(cpus=0),
+    )
+    return WorkerSpec(base=folder, dtype="float32", config=config, seed=0, max_length=64, stop_token_ids=())
+
+
 class NullPool:
     """A pool of null workers, its notes with their times, and its steps."""
 
     def __init__(self, folder: Path, name: str, workers: int, *, capacity: int, seconds: float) -> None:
         self.folder, self.name = folder, name
         self.notes: list[tuple[float, str, dict[str, Any]]] = []
-        config = RolloutConfig(
-            group_size=GROUP,
-            slots=GROUP * capacity,
-            workers=ElasticWorkers(min=1, max=workers, start=workers),
-            resources=RoleResources(cpus=0),
-        )
-        spec = WorkerSpec(base=folder, dtype="float32", config=config, seed=0, max_length=64, stop_token_ids=())
         self.pool = RolloutPool(
             prefix=f"{name}/",
-            spec=spec,
+            spec=null_spec(folder, workers=workers, capacity=capacity),
             wait_seconds=300,
             note=lambda kind, **fields: self.notes.append((time.monotonic(), kind, fields)),
             role=null_role(folder, seconds),
@@ -116,10 +121,11 @@ class NullPool:
     def generate(self, groups: int, tick: Any = lambda: None) -> None:
         """One step, from the weights published for it to the last group."""
         weights = _weights(self.step)
-        self.pool.set_weights(weights, tick=tick)
+        self.pool.set_weights(weights)
         ledger = Ledger(self.step, groups, weights.version, weights.digest)
-        for _ in self.pool.generate(tasks(groups, self.step), ledger, tick=tick):
-            pass
+        self.pool.begin(tasks(groups, self.step), ledger, weights, lambda group: None)
+        while not ledger.complete(GroupState.GENERATED):
+            self.pool.turn(tick)
         self.step += 1
 
     def names(self) -> list[str]:

@@ -18,7 +18,8 @@ theirs (above 1 is better), with its range, and again by the CPU seconds of each
 changes little. `limit` is ours as a share of what the machine allows at most: for rates, all matrix products of the
 model's own shapes alone at the best speed torch reaches (measured before every pair; compared by CPU seconds too); for
 `group_prefill`, the ratio G(p+c)/(p+Gc). For `update` the products are those of forward and backward, with the prompt
-of a group once and the head at completion tokens.
+of a group once and the head at completion tokens. For `overlap`, whose roles only take their time (g seconds of
+generation, u of update, n steps), the limit is the ratio n(g+u)/(g+(n−1)max(g,u)+u).
 
 EOS is off, sampling is at T = 1, and only tokens that a request asked for count. Prompts are new in every pair, so no
 cache knows them. Lognormal lengths have sigma 0.8 and are clipped to median/8 … 4 median; the sizes of each case stand

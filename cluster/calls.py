@@ -55,39 +55,8 @@ def get(refs: Any, *, actor: str, what: str, timeout: float, tick: Callable[[], 
             tick()
 
 
-def get_together(
-    refs: Mapping[str, Any], *, what: str, timeout: float, tick: Callable[[], None] | None = None
-) -> list[Any]:
-    """`get` of calls on actors that work together, by their names. The first that fails ends the wait.
-
-    The others may be waiting for it. Where an actor died, that is raised rather than what it made of its peers.
-    """
-    import ray
-
-    answers: dict[str, Any] = {}
-    give_up = time.monotonic() + timeout
-    try:
-        while left := [name for name in refs if name not in answers]:
-            seconds = max(0.0, min(give_up - time.monotonic(), TICK_SECONDS))
-            ready, _ = ray.wait([refs[name] for name in left], timeout=seconds)
-            if not ready and time.monotonic() >= give_up:
-                raise WorkerLost(f"{', '.join(left)} did not finish {what} within {timeout:.0f} s")
-            for name in left:
-                if refs[name] in ready:
-                    answers[name] = get(refs[name], actor=name, what=what, timeout=timeout)
-            if tick:
-                tick()
-    except WorkerLost:
-        raise
-    except RunFailed as error:
-        if death := _death(refs, what):
-            raise death from error
-        raise
-    return [answers[name] for name in refs]
-
-
-def _death(refs: Mapping[str, Any], what: str) -> WorkerLost | None:
-    """How one of these actors died, if any did."""
+def death(refs: Mapping[str, Any], what: str) -> WorkerLost | None:
+    """How one of the actors of these calls died, if any did, where one of them failed and the others may be why."""
     import ray
 
     ended, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=DEATH_SECONDS)

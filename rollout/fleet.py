@@ -1,4 +1,4 @@
-"""The rollout workers themselves: as many as are asked for, alive, and on the newest weights.
+"""The rollout workers themselves: as many as are asked for, alive, and on weights that they have proved.
 
 One thread, and no call on a worker is waited for by itself: every answer and every death comes through one inbox, and
 who is late is found by the clock. So no worker holds up another.
@@ -15,17 +15,14 @@ from ..cluster.calls import Wait
 from ..cluster.errors import DoesNotFit, InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.placement import missing, node_of
 from ..cluster.weights import WeightVersion
-from .inbox import Inbox
+from .inbox import LOOK_SECONDS, Inbox
 from .member import Member, Stage, begin, waits
 from .places import Places
-from .pool_rules import MAX_FAILURES, moves, pause
+from .pool_rules import MAX_FAILURES, Holder, moves, pause
 from .worker import WorkerSpec
 
 LOAD_SECONDS = 1800.0
 """How long a worker may take to load its model once it has a place."""
-
-LOOK_SECONDS = 0.2
-"""How often the clock is looked at."""
 
 BEAT_SECONDS = 2.0
 """How often a worker gives a sign of life, at least."""
@@ -41,7 +38,7 @@ OnLost = Callable[[Member, RaylignError], list[int]]
 
 
 class Fleet:
-    """Keeps `target` workers and has each prove every version of the weights. `role` is the class of their actors.
+    """Keeps `target` workers, and has each prove the weights that it is to hold. `role` is the class of their actors.
 
     `fatal` is set when that cannot go on; whoever waits for workers raises it.
     """
@@ -65,9 +62,8 @@ class Fleet:
         self.inbox = Inbox()
         self.members: dict[str, Member] = {}
         """In the order of their start."""
-        self.weights: WeightVersion | None = None
-        self._proved = self._refused = False
-        """Whether any worker has proved the weights, and whether any has refused them."""
+        self._proved = self._refused = -1
+        """The newest version that any worker has proved, and that any has refused."""
         self._started = self._failed_starts = 0
         self._join_after = self._look_after = 0.0
         self.fatal: RaylignError | None = None
@@ -84,11 +80,23 @@ class Fleet:
         """Whether a worker is not to be counted on now."""
         return member.silent(now, self._patience)
 
-    def room(self, version: int, now: float) -> dict[str, int]:
+    def room(self, weights: WeightVersion, now: float) -> dict[str, int]:
         """Workers that can take a group from a version now, with how many they have."""
         free = [m for m in self.members.values() if len(m.runs) < self.capacity]  # few of many, so asked first
         able = (m for m in free if m.stage is Stage.WORKING and not m.draining and not self.silent(m, now))
-        return {m.name: len(m.runs) for m in able if m.version == version and m.asked is None}
+        return {m.name: len(m.runs) for m in able if m.holds(weights)}
+
+    def all_hold(self, weights: WeightVersion) -> bool:
+        """Whether every worker has these weights or is about to prove them: so it is most of the time."""
+        return all((m.asked or m.proved) is weights for m in self.members.values())
+
+    def holders(self, now: float) -> list[Holder]:
+        """Those that have a model, and the version that each has or is about to prove."""
+        loaded = (m for m in self.members.values() if m.stage in (Stage.PROVING, Stage.WORKING) and not m.draining)
+        return [
+            Holder(m.name, m.asked or m.proved, len(m.wanted()), m.asked is not None, self.silent(m, now))
+            for m in loaded
+        ]
 
     def held_up(self) -> bool:
         """Whether those still missing may take long: they find no place, or could not start."""
@@ -101,11 +109,11 @@ class Fleet:
             reason = missing(coming[0].name, self._spec.config.resources, self._wait_seconds, coming[0].bounds)
             raise DoesNotFit(f"{reason}. Free some or add a node")
 
-    def set_weights(self, weights: WeightVersion) -> None:
-        """Have every worker prove a version, from now on also those that join."""
-        self.weights, self._proved, self._refused = weights, False, False
-        for member in self.members.values():
-            self._ask(member)
+    def ask(self, name: str, weights: WeightVersion) -> None:
+        """Have a worker prove weights, and generate from them then; one that still proves others is not to be asked."""
+        member = self.members[name]
+        member.asked, member.asked_at = weights, time.monotonic()
+        self.inbox.expect(member.actor.set_weights.remote(weights), partial(self._on_proved, member, weights))
 
     def look(self) -> bool:
         """Look at the clock and at how many workers there are, unless that was just done; whether it was due."""
@@ -191,7 +199,6 @@ class Fleet:
         self._stands(member, member.node or node_of(member.placement) or "")
         member.enter(Stage.PROVING)
         self._keep_in_touch(member)
-        self._ask(member)
 
     def _start_failed(self, member: Member, error: RaylignError) -> None:
         """Count a start that failed; where no worker works and trying again would not help, it is fatal."""
@@ -203,25 +210,14 @@ class Fleet:
 
     # ---- weights
 
-    def _ask(self, member: Member) -> None:
-        """Have a worker prove the newest weights; one version at a time, so that an older one never comes second."""
-        weights = self.weights
-        if member.stage not in (Stage.PROVING, Stage.WORKING) or member.asked is not None or weights is None:
-            return
-        member.asked, member.asked_at = weights.version, time.monotonic()
-        self.inbox.expect(member.actor.set_weights.remote(weights), partial(self._on_proved, member, weights))
-
     def _on_proved(self, member: Member, weights: WeightVersion, future: "Future[Any]") -> None:
         if not self._hear(member, future, f"loading weight version {weights.version}"):
             return
         if (digest := future.result()) != weights.digest:
             self.drop(member, RunFailed(f"{member.name} holds weights {digest[:12]}, not {weights.digest[:12]}"))
             return
-        member.version, member.asked = weights.version, None
-        if self.weights is not weights:
-            self._ask(member)
-            return
-        self._proved = True
+        member.proved, member.asked = weights, None
+        self._proved = max(self._proved, weights.version)
         if member.stage is Stage.PROVING:
             member.enter(Stage.WORKING)
             self._failed_starts = 0
@@ -255,7 +251,7 @@ class Fleet:
         if member.stage is Stage.LOADING and now - member.since > LOAD_SECONDS:
             return f"{member.name} did not finish loading the model within {LOAD_SECONDS:.0f} s"
         if member.asked is not None and now - member.asked_at > limit:
-            return f"{member.name} did not prove weight version {member.asked} within {limit:.0f} s"
+            return f"{member.name} did not prove weight version {member.asked.version} within {limit:.0f} s"
         if member.silent(now, self._spec.config.health_seconds):
             return f"{member.name} gave no sign of life for {now - member.heard:.0f} s"
         if not self._places.bounds(member.name).allow(member.node):
@@ -267,12 +263,10 @@ class Fleet:
         again = self._on_lost(member, error)
         self.restarts += 1
         self._note("worker_lost", worker=member.name, reason=str(error), groups=again)
-        self._refused |= member.asked is not None and not isinstance(error, WorkerLost)
-        proving = any(m.asked is not None for m in self.ready())
-        if self._refused and not self._proved and not proving and self.weights:
-            self.fatal = RunFailed(
-                f"every rollout worker refuses weight version {self.weights.version}, lastly: {error}"
-            )
+        if member.asked is not None and not isinstance(error, WorkerLost):
+            self._refused = max(self._refused, member.asked.version)
+        if self._refused > self._proved and not self.ready():
+            self.fatal = RunFailed(f"every rollout worker refuses weight version {self._refused}, lastly: {error}")
 
     def _remove(self, member: Member) -> None:
         del self.members[member.name]

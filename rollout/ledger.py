@@ -48,6 +48,11 @@ class Ledger:
         self._counts[GroupState.PENDING] += count
         return first
 
+    @property
+    def size(self) -> int:
+        """How many groups the step has by now."""
+        return len(self._state)
+
     def pending(self) -> list[int]:
         """Groups that wait for a worker, in order."""
         return [i for i, state in self._state.items() if state is GroupState.PENDING]

@@ -9,6 +9,7 @@ from ..cluster import calls
 from ..cluster.calls import Wait
 from ..cluster.placement import ANYWHERE, Bounds, free, release, reserve
 from ..cluster.planning import amount
+from ..cluster.weights import WeightVersion
 from .worker import WorkerSpec
 
 
@@ -45,10 +46,10 @@ class Member:
     since: float = field(default_factory=time.monotonic)
     """When it came into its stage."""
     node: str = ""
-    version: int = -1
-    """The weight version it has proved last; none yet is -1."""
-    asked: int | None = None
-    """The version it has been asked to prove and has not answered for."""
+    proved: WeightVersion | None = None
+    """The weights it has proved last."""
+    asked: WeightVersion | None = None
+    """Those it has been asked to prove and has not answered for."""
     asked_at: float = 0.0
     heard: float = 0.0
     """When anything came from it last; it counts from the moment it is loaded."""
@@ -57,6 +58,16 @@ class Member:
     """Whether it has been said that it waits too long for a place."""
     runs: dict[int, Run] = field(default_factory=dict)
     """Its open calls by number."""
+
+    @property
+    def version(self) -> int:
+        """The number of the weights it has proved last; none yet is -1."""
+        return self.proved.version if self.proved else -1
+
+    def holds(self, weights: WeightVersion) -> bool:
+        """Whether these weights are what it generates from now."""
+        has = self.proved
+        return self.asked is None and has is not None and (has.version, has.digest) == (weights.version, weights.digest)
 
     def enter(self, stage: Stage) -> None:
         """Come into the next stage."""
@@ -108,7 +119,7 @@ def waits(member: Member, spec: WorkerSpec, *, patience: float) -> list[Wait]:
     if member.stage is Stage.LOADING:
         found.append(wait("loading the model", member.since))
     if member.asked is not None:
-        found.append(wait(f"loading weight version {member.asked}", member.asked_at))
+        found.append(wait(f"loading weight version {member.asked.version}", member.asked_at))
     if member.silent(now, patience):
         found.append(wait("a sign of life", member.heard))
     return found

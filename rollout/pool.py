@@ -1,14 +1,15 @@
 """The elastic pool: groups are generated while rollout workers join, leave, hang and die.
 
-It decides who gets which group; what a group yields depends on its seed key alone, so the result is the same for any
-number of workers, any of their deaths, and whoever is first with a group that two of them run.
+Several steps may be under way, each from weights of its own: a worker that has nothing left to do for one goes over to
+the next, and nobody waits for the others. The pool decides who gets which group; what a group yields depends on its
+seed key and its weights alone, so the result is the same for any number of workers, any of their deaths, and whoever is
+first with a group that two of them run.
 """
 
 import heapq
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +19,12 @@ from ..cluster import calls
 from ..cluster.calls import Wait
 from ..cluster.errors import InputError, RaylignError, RunFailed, WorkerLost
 from ..cluster.weights import WeightVersion
-from .fleet import LOOK_SECONDS, Fleet, Note
+from .fleet import Fleet, Note
+from .inbox import LOOK_SECONDS, Inbox
 from .ledger import GroupState, Ledger
 from .member import Member, Run
 from .places import Places
-from .pool_rules import Running, assign, give_up, longest_first, overdue, prompt_key
+from .pool_rules import Running, assign, give_up, longest_first, new_weights, overdue, prompt_key
 from .records import Group
 from .worker import RolloutActor, WorkerSpec
 
@@ -32,9 +34,12 @@ Tick = Callable[[], None]
 
 @dataclass(slots=True)
 class Work:
-    """The step under way."""
+    """Groups of a step under way; all come from the same weights."""
 
     ledger: Ledger
+    weights: WeightVersion
+    then: Callable[[Group], None]
+    """Given each group as it is done, once."""
     tasks: dict[int, Group]
     rank: dict[int, int]
     """Group → its place in the order of dispatch."""
@@ -74,12 +79,18 @@ class RolloutPool:
         self._fleet = Fleet(
             prefix, spec, role, wait_seconds=wait_seconds, note=note, on_lost=self._on_lost, places=places
         )
-        self._work: Work | None = None
-        self._done: deque[Group] = deque()
+        self._works: list[Work] = []
+        """In the order in which they began, the oldest step first."""
+        self._newest: WeightVersion | None = None
         self._yielded: dict[int, int] = {}
         """Prompt → tokens of the longest completion it gave the last time."""
         self._calls = itertools.count()
         self._fatal: RaylignError | None = None
+
+    @property
+    def inbox(self) -> Inbox:
+        """Where answers arrive; who waits in it for other actors lets the pool hear its own."""
+        return self._fleet.inbox
 
     @property
     def size(self) -> int:
@@ -106,7 +117,7 @@ class RolloutPool:
 
         Raises `RunFailed` or `DoesNotFit` when they cannot be had.
         """
-        self._fleet.set_weights(weights)
+        self.set_weights(weights)
         self._fleet.reconcile()
         while self.size < self.target and not (self.size >= self._bounds.min and self._fleet.held_up()):
             self._turn(tick, least=self._bounds.min)
@@ -118,41 +129,44 @@ class RolloutPool:
         return self.target
 
     def advance(self) -> None:
-        """Take in what has come and move on, without waiting; for the phases in which nothing is generated."""
-        self._fleet.inbox.take(0)
-        self._fleet.look()
+        """Take in what has come and move on, without waiting; whoever waits for something else calls it often."""
+        self._move_on(0)
 
-    def set_weights(self, weights: WeightVersion, *, tick: Tick) -> None:
-        """Make a version the one to generate from; returns when the first worker has proved its digest.
-
-        The others go on proving: who has not is given no groups, who does not in time is replaced. Raises `RunFailed`
-        when all of them refuse it: then the version is wrong, not a worker.
+    def turn(self, tick: Tick) -> None:
+        """Wait shortly for what comes and move on. Raises `RunFailed` or `DoesNotFit` when no worker is left and none
+        can come, a group fails everywhere, or all workers refuse a version: then that is wrong, not a worker.
         """
-        self._fleet.set_weights(weights)
-        while not any(m.version == weights.version for m in self._fleet.ready()):
-            self._turn(tick)
+        self._turn(tick)
 
-    def generate(self, groups: Sequence[Group], ledger: Ledger, *, tick: Tick) -> Iterator[Group]:
-        """Yield each group once, with its completions, as it is done. The ledger names the weights they come from.
+    def set_weights(self, weights: WeightVersion) -> None:
+        """Have workers prove a version as soon as no group of another needs them, those that join at once.
 
-        Raises `RunFailed` when no worker is left and none can come, or a group fails everywhere.
+        Who has not proved it is given no groups from it, who does not in time is replaced.
         """
-        self._require(ledger)
+        self._newest = weights
+        self._dispatch()
+
+    def begin(
+        self, groups: Sequence[Group], ledger: Ledger, weights: WeightVersion, then: Callable[[Group], None]
+    ) -> None:
+        """Have groups generated from these weights while `advance` and `turn` are called; `then` gets each once, with
+        its completions, as it is done, and must not raise. Those of a step that began before come first.
+        """
+        if (weights.version, weights.digest) != (ledger.version, ledger.digest):
+            raise RunFailed(
+                f"step {ledger.step} is to come from weight version {ledger.version}, not {weights.version}"
+            )
         tasks = {g.index: replace(g, version=ledger.version, digest=ledger.digest) for g in groups}
         order = list(enumerate(longest_first(groups, self._yielded)))
-        self._work = Work(ledger, tasks, rank={index: place for place, index in order}, pending=order)
-        try:
-            while not ledger.complete(GroupState.GENERATED) or self._done:
-                self._dispatch()
-                if not self._done:
-                    self._turn(tick)
-                while self._done:
-                    yield self._done.popleft()
-        finally:
-            self._work = None
-            self._done.clear()
-            for member in self._fleet.members.values():
-                self._abandon(member, [call for call, _ in member.wanted()])
+        rank = {index: place for place, index in order}
+        self._works.append(Work(ledger, weights, then, tasks, rank=rank, pending=order))
+        self._dispatch()
+
+    def withdraw(self) -> None:
+        """Give up all groups that are not done."""
+        self._works.clear()
+        for member in self._fleet.members.values():
+            self._abandon(member, [call for call, _ in member.wanted()])
 
     def waiting(self) -> list[Wait]:
         """What is waited for from each worker now."""
@@ -162,46 +176,62 @@ class RolloutPool:
         """End every worker, those on their way too."""
         self._fleet.close()
 
-    def _require(self, ledger: Ledger) -> None:
-        current = self._fleet.weights
-        if current is None or (current.version, current.digest) != (ledger.version, ledger.digest):
-            have = f"version {current.version}" if current else "none"
-            raise RunFailed(f"step {ledger.step} is to come from weight version {ledger.version}, workers have {have}")
-
-    def _turn(self, tick: Tick, least: int = 1) -> None:
-        """Wait shortly for what comes and act on it. Raises what ends the run."""
-        tick()
-        self._fleet.inbox.take(LOOK_SECONDS)
+    def _move_on(self, seconds: float) -> None:
+        """Take in what comes within some seconds, and give out what there is room for."""
+        self._fleet.inbox.take(seconds)
         if self._fleet.look():
             self._duplicate(time.monotonic())
+        self._dispatch()
+
+    def _turn(self, tick: Tick, least: int = 1) -> None:
+        tick()
+        self._move_on(LOOK_SECONDS)
         if error := self._fatal or self._fleet.fatal:
             raise error
         self._fleet.refuse_to_wait_for_places(least)
 
     def _dispatch(self) -> None:
-        """Give each pending group, the longest expected first, to the worker with the fewest, as far as slots go."""
-        work = self._work
-        if not work or not work.pending:
+        """Give each pending group, the oldest step's and then the longest expected first, to the worker with the fewest
+        that has its weights, as far as slots go."""
+        now, capacity = time.monotonic(), self._fleet.capacity
+        for work in self._works:
+            if work.pending:
+                room = self._fleet.room(work.weights, now)
+                free = sum(capacity - count for count in room.values())
+                for index, name in assign(work.first(free), room, capacity):
+                    work.ledger.dispatch(index, name)
+                    self._give(work, index, name)
+        self._renew(now)
+
+    def _renew(self, now: float) -> None:
+        """Have workers without groups prove the weights that are asked of them next."""
+        newest = self._newest
+        if newest is None or (self._fleet.all_hold(newest) and all(work.weights is newest for work in self._works)):
             return
-        room, capacity = self._fleet.room(work.ledger.version, time.monotonic()), self._fleet.capacity
-        free = sum(capacity - count for count in room.values())
-        for index, name in assign(work.first(free), room, capacity):
-            work.ledger.dispatch(index, name)
-            self._give(work, index, name)
+        needs: dict[int, tuple[WeightVersion, int]] = {}
+        for work in self._works:
+            before = needs.get(work.weights.version, (work.weights, 0))[1]
+            needs[work.weights.version] = (work.weights, before + len(work.pending))
+        found = new_weights(list(needs.values()), self._fleet.holders(now), self._fleet.capacity, newest)
+        for name, weights in found.items():
+            self._fleet.ask(name, weights)
 
     def _duplicate(self, now: float) -> None:
-        """With nothing left to give out, have groups that take long run on another worker too."""
-        work = self._work
-        if not work or work.pending:
-            return
+        """Where a step has nothing left to give out, have its groups that take long run on another worker too."""
+        for work in self._works:
+            if not work.pending:
+                self._duplicate_of(work, now)
+
+    def _duplicate_of(self, work: Work, now: float) -> None:
         running = [
             Running(run.index, now - run.since, answers=not self._fleet.silent(member, now))
             for member in self._fleet.members.values()
             for _, run in member.wanted()
+            if run.step == work.ledger.step
         ]
         slow = overdue(running, work.seconds)
         barred = {index: work.ledger.runners(index) for index in slow}
-        room = self._fleet.room(work.ledger.version, now)
+        room = self._fleet.room(work.weights, now)
         for index, name in assign(slow, room, self._fleet.capacity, barred):
             self._note("group_duplicated", step=work.ledger.step, group=index, slow=barred[index], worker=name)
             work.ledger.duplicate(index, name)
@@ -238,12 +268,15 @@ class RolloutPool:
         else:
             work.seconds.append(time.monotonic() - run.since)
             self._yielded[prompt_key(group)] = max((len(s.tokens) for s in group.samples), default=0)
-            self._done.append(group)
-            self._abandon_copies(run.index, [name for name in copies if name != member.name])
+            self._abandon_copies(run, [name for name in copies if name != member.name])
+            if work.ledger.complete(GroupState.GENERATED):
+                self._works.remove(work)
+            work.then(group)
 
-    def _abandon_copies(self, index: int, workers: Sequence[str]) -> None:
+    def _abandon_copies(self, done: Run, workers: Sequence[str]) -> None:
         for member in map(self._fleet.members.__getitem__, workers):
-            self._abandon(member, [call for call, run in member.wanted() if run.index == index])
+            same = [c for c, run in member.wanted() if (run.step, run.index) == (done.step, done.index)]
+            self._abandon(member, same)
 
     def _abandon(self, member: Member, open_calls: Sequence[int]) -> None:
         for call in open_calls:
@@ -253,11 +286,12 @@ class RolloutPool:
     def _on_lost(self, member: Member, error: RaylignError) -> list[int]:
         """What a lost worker alone was running is pending again."""
         member.runs.clear()
-        if self._work is None:
-            return []
-        again = self._work.ledger.lost(member.name)
-        self._give_again(self._work, again, error)
-        return again
+        lost: list[int] = []
+        for work in self._works:
+            again = work.ledger.lost(member.name)
+            self._give_again(work, again, error)
+            lost += again
+        return lost
 
     def _give_again(self, work: Work, indices: Sequence[int], error: RaylignError) -> None:
         work.again(indices)

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from statistics import fmean, median
+from typing import NamedTuple
 
+from ..cluster.weights import WeightVersion
 from .ledger import Ledger
 from .records import Group
 
@@ -87,6 +89,48 @@ def assign(
         for entry in refused:
             heappush(room, entry)
     return given
+
+
+class Holder(NamedTuple):
+    """A worker as it stands to the weights: what it has or is about to prove, and how many groups it runs."""
+
+    name: str
+    weights: WeightVersion | None
+    runs: int
+    proving: bool
+    silent: bool
+
+
+def new_weights(
+    needs: Sequence[tuple[WeightVersion, int]], holders: Sequence[Holder], capacity: int, newest: WeightVersion
+) -> dict[str, WeightVersion]:
+    """Which workers are to prove other weights now; never one that runs a group, or that proves some already.
+
+    `needs` are the groups to be given out from each version, the oldest first: those for which its workers have no room
+    get a worker each as far as there are any, since the update waits for the oldest. Who is not needed takes the
+    newest.
+    """
+    free = {h.name: h for h in holders if not h.runs and not h.proving}
+    told: dict[str, WeightVersion] = {}
+
+    def take(holder: Holder, weights: WeightVersion) -> None:
+        del free[holder.name]
+        if not _same(holder.weights, weights):
+            told[holder.name] = weights
+
+    for weights, groups in needs:
+        busy = [h for h in holders if h.name not in free and h.name not in told and _same(h.weights, weights)]
+        missing = groups - sum(capacity - h.runs for h in busy)
+        able = sorted((h for h in free.values() if not h.silent), key=lambda h: not _same(h.weights, weights))
+        for holder in able[: max(0, missing)]:
+            take(holder, weights)
+    for holder in list(free.values()):
+        take(holder, newest)
+    return told
+
+
+def _same(held: WeightVersion | None, weights: WeightVersion) -> bool:
+    return held is not None and (held.version, held.digest) == (weights.version, weights.digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The versions a run publishes: numbers that only grow, and never an update that does not show."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,16 @@ class WeightVersion:
 class WeightStore:
     """The versions a run has published; only the controller writes it.
 
+    Step t comes from version max(0, t − staleness): versions are held for as long as a step is to come from them.
     Versions only grow, and one that follows a non-zero update must have a new digest: a policy whose update did not
     reach the publisher is caught here instead of training on stale samples. A number names one content for good: after
     `begin_at` a version that is made again must come out as it was, where the run is `exact`.
     """
 
-    def __init__(self, *, exact: bool = True) -> None:
-        self._exact = exact
+    def __init__(self, *, staleness: int = 0, exact: bool = True) -> None:
+        self._staleness, self._exact = staleness, exact
         self._current: WeightVersion | None = None
+        self._held: dict[int, WeightVersion] = {}
         self._digests: dict[int, str] = {}
         """Version → its digest, of all that were published."""
 
@@ -39,6 +42,25 @@ class WeightStore:
         if self._current is None:
             raise RunFailed("no weights have been published yet")
         return self._current
+
+    def due(self, step: int) -> int:
+        """The version from which a step comes."""
+        return max(0, step - self._staleness)
+
+    def has(self, step: int) -> bool:
+        """Whether the version is there from which a step comes."""
+        return self.due(step) in self._held
+
+    def of_step(self, step: int) -> WeightVersion:
+        """The version from which a step comes. Raises `RunFailed` where it is not there."""
+        if not self.has(step):
+            there = ", ".join(map(str, self._held)) or "none"
+            raise RunFailed(f"step {step} comes from weight version {self.due(step)}, and there is {there}")
+        return self._held[self.due(step)]
+
+    def before(self) -> list[WeightVersion]:
+        """The versions before the current one from which the next steps come, oldest first."""
+        return [self._held[version] for version in range(self.due(self.current.version), self.current.version)]
 
     def publish(self, weights: WeightVersion, *, changed: bool) -> WeightVersion:
         """Make a version the current one; `changed` says whether an update was not zero. Raises `RunFailed`."""
@@ -55,14 +77,23 @@ class WeightStore:
             self._refuse_another(weights)
         return self._put(weights)
 
-    def begin_at(self, weights: WeightVersion) -> WeightVersion:
-        """Go on from a version: the first, or an earlier one again. Raises `RunFailed` if its content is another."""
-        self._refuse_another(weights)
-        return self._put(weights)
+    def begin_at(self, weights: WeightVersion, before: Sequence[WeightVersion] = ()) -> WeightVersion:
+        """Go on from a version: the first, or an earlier one again, with those `before` it that steps still come from.
+
+        Raises `RunFailed` if the content of one is another than it was.
+        """
+        self._held.clear()
+        for held in (*before, weights):
+            self._refuse_another(held)
+            self._put(held)
+        return weights
 
     def _put(self, weights: WeightVersion) -> WeightVersion:
         self._current = weights
         self._digests[weights.version] = weights.digest
+        self._held[weights.version] = weights
+        for version in [v for v in self._held if v < self.due(weights.version)]:
+            del self._held[version]
         return weights
 
     def _refuse_another(self, weights: WeightVersion) -> None:

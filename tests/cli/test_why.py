@@ -92,7 +92,7 @@ def test_it_names_group_worker_node_and_seconds_of_what_is_slow(held: RunDir, tm
     for word in ("held (grpo 0/4) waits for", "step 0 group", "held/grpo/rollout-0", node, "a sign of life"):
         assert word in table
 
-    until("rewards are waited for", lambda: "the reward of step 0 group 0" in waits(held))
+    until("rewards are waited for", lambda: any(w.startswith("the reward of step 0 group ") for w in waits(held)))
     (wait,) = [w for w in json.loads(why(held, "--json"))["waiting"] if w["what"].startswith("the reward")]
     assert (wait["actor"], wait["node"]) == ("held/grpo/reward-0", node)
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.config import RolloutConfig
-from raylign.rollout.ledger import Ledger
+from raylign.rollout.ledger import GroupState, Ledger
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.records import Group
 from raylign.rollout.worker import WorkerSpec
@@ -34,7 +34,9 @@ def scripted(folder: Path) -> type:
         def build(self) -> None:
             import os
 
-            (folder / f"pid-{self._name}").write_text(str(os.getpid()))
+            draft = folder / f"draft-{os.getpid()}"
+            draft.write_text(str(os.getpid()))
+            draft.rename(folder / f"pid-{self._name}")
 
         def set_weights(self, weights: WeightVersion) -> str:
             self._while(f"weights-{self._name}")
@@ -121,10 +123,10 @@ class Crew:
         waits = [w.actor.removeprefix(self.prefix) for w in self.pool.waiting() if " group " in w.what]
         return {name: waits.count(name) for name in waits}
 
-    def publish(self, tick: Callable[[], None] = lambda: None) -> None:
+    def publish(self) -> None:
         """The next weight version."""
         self.version += 1
-        self.pool.set_weights(weights(self.version), tick=tick)
+        self.pool.set_weights(weights(self.version))
 
     def until(self, what: str, holds: Callable[[], bool], seconds: float = 60) -> None:
         """Let the pool go on, as between generations, until something holds."""
@@ -135,17 +137,36 @@ class Crew:
             time.sleep(0.02)
 
     def step(self, step: int, groups: int, tick: Callable[[], None] = lambda: None) -> list[Group]:
-        """Generate a step's groups and check that each was counted once, with the tokens it has everywhere."""
+        """Generate a step's groups from the newest weights, and check them."""
+        return self.end(self.begin(step, groups), tick)
+
+    def begin(self, step: int, groups: int, version: int | None = None) -> "Begun":
+        """Have a step's groups generated, from the newest weights or older ones."""
         import numpy as np
 
         tasks = [Group(step=step, index=i, prompt=np.array([i], np.int32), row={}) for i in range(groups)]
-        ledger = Ledger(step, groups, self.version, weights(self.version).digest)
-        came = [group.index for group in self.pool.generate(tasks, ledger, tick=tick)]
-        assert sorted(came) == list(range(groups))
-        assert ledger.counts()["generated"] == groups
+        given = weights(self.version if version is None else version)
+        begun = Begun(Ledger(step, groups, given.version, given.digest), [])
+        self.pool.begin(tasks, begun.ledger, given, lambda group: begun.came.append(group.index))
+        return begun
+
+    def end(self, begun: "Begun", tick: Callable[[], None] = lambda: None) -> list[Group]:
+        """Wait for a step, and check that each group was counted once, with the tokens it has everywhere."""
+        ledger = begun.ledger
+        while not ledger.complete(GroupState.GENERATED):
+            self.pool.turn(tick)
         made = ledger.batch()
-        assert [g.samples[0].tokens.tolist() for g in made] == [[3, step, i] for i in range(groups)]
+        assert sorted(begun.came) == list(range(len(made)))
+        assert ledger.counts()["generated"] == len(made)
+        assert [g.samples[0].tokens.tolist() for g in made] == [[3, ledger.step, i] for i in range(len(made))]
         return made
+
+
+class Begun(NamedTuple):
+    """A step under way, and its groups in the order in which they came."""
+
+    ledger: Ledger
+    came: list[int]
 
 
 def weights(version: int) -> WeightVersion:

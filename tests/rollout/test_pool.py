@@ -14,7 +14,7 @@ from raylign.cluster.config import ElasticWorkers, RoleResources
 from raylign.cluster.errors import InputError, RunFailed
 from raylign.cluster.weights import ObjectStore, WeightVersion, joined, tensors_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
-from raylign.rollout.ledger import Ledger
+from raylign.rollout.ledger import GroupState, Ledger
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.records import Group
 from raylign.rollout.worker import RolloutActor, WorkerSpec
@@ -54,7 +54,9 @@ def _faulty(folder: Path) -> type:
             import os
             import time
 
-            (folder / f"pid-{self._name.rpartition('/')[2]}").write_text(str(os.getpid()))
+            draft = folder / f"draft-{os.getpid()}"
+            draft.write_text(str(os.getpid()))
+            draft.rename(folder / f"pid-{self._name.rpartition('/')[2]}")
             while (folder / "hold").exists():
                 time.sleep(0.01)
             if group.index == 4 and (folder / "full").exists():
@@ -65,11 +67,18 @@ def _faulty(folder: Path) -> type:
     return Faulty
 
 
+def _turn_until(pool: RolloutPool, reached: Callable[[], bool], tick: Callable[[], None] = lambda: None) -> None:
+    while not reached():
+        pool.turn(tick)
+
+
 def _tokens(pool: RolloutPool, weights: WeightVersion, tick: Callable[[], None]) -> list[Any]:
     """Tokens and log-probs of a step of eight groups, in order."""
     groups = [Group(step=1, index=i, prompt=np.array([5, 6 + i], np.int32), row={}) for i in range(8)]
     ledger = Ledger(1, len(groups), weights.version, weights.digest)
-    came = [group.index for group in pool.generate(groups, ledger, tick=tick)]
+    came: list[int] = []
+    pool.begin(groups, ledger, weights, lambda group: came.append(group.index))
+    _turn_until(pool, lambda: ledger.complete(GroupState.GENERATED), tick)
     assert sorted(came) == list(range(8))
     return [(s.tokens.tolist(), s.logprobs.tolist()) for g in ledger.batch() for s in g.samples]
 
@@ -117,8 +126,9 @@ def test_a_version_that_every_worker_refuses_ends_the_run(tiny_model: Path, ray_
     pool = _pool("refuse", _spec(tiny_model))
     try:
         pool.start(_weights(tiny_model), tick=lambda: None)
+        pool.set_weights(replace(_weights(tiny_model), version=2, digest="0" * 64))
         with pytest.raises(RunFailed, match=r"every rollout worker refuses weight version 2.*got weights"):
-            pool.set_weights(replace(_weights(tiny_model), version=2, digest="0" * 64), tick=lambda: None)
+            _turn_until(pool, lambda: False)
     finally:
         pool.close()
 

@@ -129,3 +129,33 @@ def test_a_group_that_fails_everywhere_ends_the_run_with_its_error(ray_session: 
         pytest.raises(RunFailed, match=r"step 1, group 1: failed on 4 workers, lastly: .*as the script says"),
     ):
         made.step(1, 2)
+
+
+def test_steps_of_several_versions_are_under_way_at_once_and_a_death_brings_older_weights_back(trio: Crew) -> None:
+    hold, held = trio.folder / "hold", workers(trio)[0]
+    own = trio.folder / f"hold-{held}"
+    own.touch()
+    older = trio.begin(8, 6)
+    trio.until("all run", lambda: trio.running() == dict.fromkeys(workers(trio), 2) or len(older.came) == 4)
+    trio.publish()
+    newer = trio.begin(9, 4)
+    trio.until("the others go over", lambda: len(newer.came) == 4)
+    assert sorted(older.ledger.counts().items()) == [
+        ("generated", 4),
+        ("pending", 0),
+        ("running", 2),
+        ("scored", 0),
+        ("trained", 0),
+    ]
+    assert held not in {g.worker for g in trio.end(newer)}
+    hold.touch()
+    third = trio.begin(10, 8)
+    trio.until("they run", lambda: sum(trio.running().values()) == 6)
+    trio.process(held).kill()
+    own.unlink()
+    trio.until("it is missed", lambda: bool(trio.noted("worker_lost")))
+    hold.unlink()
+    made = trio.end(older)
+    assert {(g.version, g.digest) for g in made} == {(older.ledger.version, older.ledger.digest)}
+    assert {g.version for g in trio.end(third)} == {trio.version} == {older.ledger.version + 1}
+    trio.until("it is replaced", lambda: trio.pool.size == 3)

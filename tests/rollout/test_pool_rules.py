@@ -5,17 +5,21 @@ from raylign.rollout.ledger import Ledger
 from raylign.rollout.pool_rules import (
     MAX_FAILURES,
     MAX_LOSSES,
+    Holder,
     Moves,
     Running,
     assign,
     give_up,
     longest_first,
     moves,
+    new_weights,
     overdue,
     pause,
     prompt_key,
 )
 from raylign.rollout.records import Group
+
+from .scripted import weights
 
 
 def test_groups_go_in_order_to_the_least_loaded_worker_as_far_as_there_is_room() -> None:
@@ -79,3 +83,31 @@ def test_a_group_is_given_up_for_its_own_errors_long_before_it_is_for_lost_worke
         ledger.dispatch(1, f"w{attempt}")
         ledger.lost(f"w{attempt}")
     assert give_up(ledger, 1, "gone") == "step 4, group 1: lost its worker 20 times, lastly: gone"
+
+
+def _holders(**versions: tuple[int, int]) -> list[Holder]:
+    """Workers by name: the version each holds, and how many groups it runs."""
+    return [Holder(name, weights(v), runs, proving=False, silent=False) for name, (v, runs) in versions.items()]
+
+
+def _told(needs: list[tuple[int, int]], holders: list[Holder], newest: int) -> dict[str, int]:
+    found = new_weights([(weights(v), n) for v, n in needs], holders, 2, weights(newest))
+    return {name: given.version for name, given in found.items()}
+
+
+def test_workers_go_over_to_new_weights_one_by_one_as_they_have_nothing_left_to_do() -> None:
+    assert _told([(1, 0), (2, 5)], _holders(a=(1, 2), b=(1, 1), c=(1, 0)), 2) == {"c": 2}
+    assert _told([], _holders(a=(1, 1), b=(1, 0), c=(2, 0)), 2) == {"b": 2}
+
+
+def test_a_group_of_older_weights_gets_a_worker_back_and_one_that_holds_them_stays() -> None:
+    assert _told([(1, 1), (2, 4)], _holders(a=(2, 0), b=(2, 2)), 2) == {"a": 1}
+    assert _told([(1, 1), (2, 4)], _holders(a=(2, 0), b=(1, 0), c=(1, 0)), 2) == {"c": 2}
+    assert _told([(1, 1), (2, 4)], _holders(a=(2, 0), b=(1, 1)), 2) == {}  # b has room for it
+
+
+def test_who_proves_weights_or_is_silent_is_not_counted_on() -> None:
+    proving = Holder("a", weights(1), 0, proving=True, silent=False)
+    silent = Holder("b", weights(1), 0, proving=False, silent=True)
+    assert _told([(1, 3)], [proving, silent, *_holders(c=(2, 0))], 2) == {"b": 2, "c": 1}
+    assert _told([], [Holder("a", None, 0, proving=False, silent=False)], 2) == {"a": 2}

@@ -1,7 +1,9 @@
 """The online loop, written once: sample → score → advantage → update → publish.
 
 The controller decides and holds no tensors: roles are actors (`policy`, `reference`, `critic`, `reward`, `rollout`),
-the pool gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone.
+the pool gives out groups, the ledger counts them. What a step yields depends on the seed and the step alone. Batches
+are on their way ahead of the update that waits for them (`ahead.py`), as far as the recipe's staleness lets their
+weights be older than the policy.
 
 A request to stop is heard while actors start and in a step before its update (until the values of a critic): what is
 lost is made again, the same, on resume. From the update to the publication it is not, so that the step and the weights
@@ -14,39 +16,26 @@ checkpoint then, and what it had learned since is learned again, bit for bit: th
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ...cluster.calls import Wait
 from ...cluster.errors import RaylignError, WorkerFailed, WorkerLost
 from ...cluster.rundir import RunDir
 from ...cluster.weights import WeightStore, WeightVersion
-from ...rollout.ledger import GroupState, Ledger
 from ...rollout.pool import RolloutPool
 from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
-from ..schedule import rows_drawn
 from ..stages import OnlineStage
+from .ahead import Ahead, Batch, Prompt, Source
 from .batch import TrainSample
 from .checkpoints import Checkpoints
-from .experience import annotated, chosen, every_sample, further_prompts, has_variance, shaped, train_samples
-from .metrics import kl_metrics, rollout_metrics, spans_by_worker
+from .experience import annotated, every_sample, has_variance, shaped, train_samples
+from .metrics import kl_metrics, rollout_metrics, spans_by_worker, version_metrics
 from .progress import Progress
 from .roles import Roles
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A row of the data with its prompt's token ids `[P]`, and those of its own answer `[T]` where it is learned."""
-
-    ids: np.ndarray
-    row: dict[str, Any]
-    answer: np.ndarray | None = None
-
 
 _HEADLINES = ("reward/mean", "kl", "entropy", "loss")
 """The metrics that `raylign status` shows."""
@@ -68,12 +57,13 @@ class OnlineLoop:
         seed: int,
         on_metrics: Callable[[int, dict[str, float]], None],
     ) -> None:
-        self._stage, self._name, self._prompts = stage, name, prompts
+        self._stage, self._name = stage, name
         self._roles, self._pool, self._run = roles, pool, run
-        self._seed, self._on_metrics = seed, on_metrics
+        self._on_metrics = on_metrics
         self._kept = Checkpoints(checkpoints, stage, {"seed": seed, "rows": len(prompts), "stage": name})
-        self._weights = WeightStore(exact=stage.rollout.is_exact)
-        self._ledger = Ledger(0, 0, 0, "")
+        self._weights = WeightStore(staleness=stage.staleness, exact=stage.rollout.is_exact)
+        source = Source(stage=stage, prompts=prompts, seed=seed, pool=pool, roles=roles)
+        self._ahead = Ahead(source, self._weights)
         self._progress = Progress.at_start(stage)
         self._phases: dict[str, float] = {}
         """Seconds of the step under way, and of a checkpoint before it."""
@@ -114,6 +104,8 @@ class OnlineLoop:
         except RaylignError as error:
             self._let_go()
             raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
+        finally:
+            self._ahead.close()
         self._run.update_status(waiting=[])
 
     def _went_on(self) -> bool:
@@ -123,6 +115,7 @@ class OnlineLoop:
                 self._go_on()
             except StopRequested:
                 self.stopped = True
+                self._ahead.close()
                 self._checkpoint()
             self._finish_checkpoint(wait=True)
         except (WorkerLost, WorkerFailed) as error:
@@ -134,8 +127,11 @@ class OnlineLoop:
         """Start the roles that are not there, and train to the last step from where the policy is."""
         if self._roles.start(tick=self._tick):
             self._restore()
-        hold = self._pool.set_weights if self._pool.size else self._pool.start
-        hold(self._weights.current, tick=self._tick)
+        if self._pool.size:
+            self._pool.set_weights(self._weights.current)
+        else:
+            self._pool.start(self._weights.current, tick=self._tick)
+        self._ahead.begin(self.step, self._progress.drawn)
         while self.step < self._stage.steps:
             stop_if_asked(self._run)
             self._follow()
@@ -149,6 +145,7 @@ class OnlineLoop:
 
         Raises `error` where none was, or that happens too often without a finished step in between.
         """
+        self._ahead.close()
         lost, learners = self._roles.lost, set(self._roles.learners())
         self._agree = self._agree and not lost & learners
         lost = lost if self._agree or not lost else lost | learners
@@ -164,58 +161,45 @@ class OnlineLoop:
         self._roles.end(lost)
 
     def _train_step(self, step: int) -> None:
-        drawn = self._fill(step)
-        groups = self._reference(shaped(chosen(drawn, self._stage), self._stage))
+        batch = self._sample(step)
+        drawn, groups = batch.drawn, self._reference(batch)
         samples = self._advantage(self._values(groups))
         learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
-        self._ledger.trained()
+        self._ahead.trained()
+        learned |= self._roles.scoring_troubles(batch.troubles, tick=self._look_after)
         self._record(step, drawn, groups, learned)
         self._progress = self._progress.after(len(drawn), groups, self._stage)
 
-    def _fill(self, step: int) -> list[Group]:
-        """The step's groups with rewards, in ledger order; dynamic sampling draws more until enough have variance."""
-        stage, weights = self._stage, self._weights.current
-        self._ledger = Ledger(step, 0, weights.version, weights.digest)
-        count = wanted = stage.prompts_per_step
-        limit = wanted * (stage.dynamic_sampling.limit if stage.dynamic_sampling else 1)
-        while count:
-            self._score(self._sample(step, count))
-            drawn = self._ledger.batch()
-            found = sum(map(has_variance, drawn))
-            count = further_prompts(wanted, found, len(drawn), limit)
-        return self._ledger.batch()
-
-    def _sample(self, step: int, count: int) -> list[Group]:
-        """So many further groups of the step, generated, in ledger order."""
-        with self._phase("generate"):
-            first = self._ledger.extend(count)
-            rows = rows_drawn(self._seed, len(self._prompts), self._progress.drawn + first, count)
-            tasks = [
-                Group(step=step, index=first + i, prompt=p.ids, row=p.row, answer=p.answer)
-                for i, p in enumerate(self._prompts[row] for row in rows)
-            ]
-            for _ in self._pool.generate(tasks, self._ledger, tick=self._tick):
-                self._tick()
-        groups = self._ledger.batch()[first:]
-        for worker, (start, end) in spans_by_worker(groups).items():
+    def _sample(self, step: int) -> Batch:
+        """The step's batch, generated and scored; it is on its way already, and those after it meanwhile."""
+        batch = self._ahead.first
+        while True:
+            with self._phase("generate"):
+                self._wait_until(lambda: batch.generated)
+            with self._phase("score", lane="reward-0"):
+                self._wait_until(lambda: batch.full or not batch.generated)
+            if batch.full:
+                break
+        for worker, (start, end) in spans_by_worker(batch.drawn).items():
             self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
-        return groups
+        return batch
 
-    def _score(self, groups: list[Group]) -> None:
-        """Give groups their rewards; those that could not be scored are counted and say why."""
-        with self._phase("score", lane="reward-0"):
-            for group in self._roles.score(groups, tick=self._tick):
-                self._ledger.scored(group)
-                self._tick()
+    def _wait_until(self, reached: Callable[[], bool]) -> None:
+        while True:
+            self._tick()
+            self._roles.require_scores()
+            if reached():
+                return
+            self._pool.turn(lambda: None)
 
-    def _reference(self, groups: list[Group]) -> list[Group]:
-        """The groups with the reference's log-probs of every sample, where there is a reference."""
+    def _reference(self, batch: Batch) -> list[Group]:
+        """The batch's groups with the reference's log-probs of every sample, where there is a reference."""
         if not self._stage.has_reference:
-            return groups
+            return batch.groups
         with self._phase("reference", lane="reference"):
-            logprobs = self._roles.reference_logprobs(every_sample(groups), tick=self._tick)
-            return annotated(groups, "reference", logprobs)
+            logprobs = self._roles.reference_logprobs(batch.reference, tick=self._tick)
+            return annotated(batch.groups, "reference", logprobs)
 
     def _values(self, groups: list[Group]) -> list[Group]:
         """The groups with the critic's value of every token, where there is a critic."""
@@ -234,19 +218,20 @@ class OnlineLoop:
             return self._roles.update(samples, step, self._progress.kl_coefficient, tick=self._look_after)
 
     def _publish(self, version: int, *, changed: bool) -> None:
-        """Make the policy's weights the next version; rollout workers prove that they hold it, the first right now."""
+        """Make the policy's weights the next version; rollout workers prove that they hold it before they use it."""
         with self._phase("publish", lane="policy-0"):
             published = self._roles.publish(version, self._pool.names, tick=self._look_after)
             self._weights.publish(published, changed=changed)
             if published.parcel.note:
                 self._run.event("weights_regrouped", version=version, reason=published.parcel.note)
-            self._pool.set_weights(published, tick=self._look_after)
+            self._pool.set_weights(published)
+            self._ahead.advance()
 
     def _record(self, step: int, drawn: list[Group], groups: list[Group], learned: dict[str, float]) -> None:
         seconds = sum(self._phases.values())
         scored = shaped(drawn, self._stage)
         sound = [g for g in scored if not g.error]
-        metrics = (rollout_metrics(sound) if sound else {}) | self._roles.scoring_troubles()
+        metrics = (rollout_metrics(sound) if sound else {}) | version_metrics(drawn)
         metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
         metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in drawn))
         metrics["groups/drawn"] = float(len(drawn))
@@ -274,7 +259,12 @@ class OnlineLoop:
         self._progress = Progress.of(checkpoint) if checkpoint else Progress.at_start(self._stage)
         if checkpoint:
             self._roles.load(checkpoint.path, tick=self._tick)
-        published = self._weights.begin_at(self._roles.publish(self.step, (), tick=self._tick))
+        published = self._roles.publish(self.step, (), tick=self._tick)
+        before = []
+        if checkpoint:
+            due = range(self._weights.due(self.step), self.step)
+            before = [self._roles.publish_kept(version, checkpoint.path, tick=self._tick) for version in due]
+        self._weights.begin_at(published, before)
         if checkpoint:
             checkpoint.refuse_another(digest=published.digest)
         if checkpoint or self._begun:
@@ -287,10 +277,10 @@ class OnlineLoop:
             return
         self._finish_checkpoint(wait=True)
         current = self._weights.current
-        state = {"version": current.version, "digest": current.digest, "ledger": self._ledger.counts()}
-        state["progress"] = asdict(self._progress)
+        state = {"version": current.version, "digest": current.digest, "progress": asdict(self._progress)}
+        save = partial(self._roles.save, before=self._weights.before(), tick=self._look_after)
         with self._phase("checkpoint"):
-            self._kept.begin(self.step, state, partial(self._roles.save, tick=self._look_after))
+            self._kept.begin(self.step, state, save)
 
     def _finish_checkpoint(self, *, wait: bool = False) -> None:
         """Finish the checkpoint under way, if those who learn have written it; `wait` for them."""
@@ -313,16 +303,19 @@ class OnlineLoop:
         self._kept.drop()
 
     def _tick(self) -> None:
-        """At most twice a second: hear a request to stop, and look after the run. Raises `StopRequested`."""
+        """Look after the run and, at most twice a second, hear a request to stop. Raises `StopRequested`."""
         if self._due():
             stop_if_asked(self._run)
-            self._look_after()
+        self._look_after()
 
     def _look_after(self) -> None:
-        """At most twice a second: follow a request to scale, finish a checkpoint, say where the run is.
+        """Move the batches on; at most twice a second follow a request to scale, finish a checkpoint, see who is lost,
+        and say where the run is.
 
         Raises `WorkerLost` where the policy is gone.
         """
+        if self._begun:
+            self._ahead.advance()
         if self._due():
             self._last_tick = time.monotonic()
             self._roles.look_after()
@@ -334,7 +327,7 @@ class OnlineLoop:
         return time.monotonic() - self._last_tick >= 0.5
 
     def _follow(self) -> None:
-        """Have as many workers as users ask for, and take in those that have come."""
+        """Have as many workers as users ask for."""
         if not self._begun:
             return
         wanted = self._run.desired().get("rollout")
@@ -342,7 +335,6 @@ class OnlineLoop:
             before = self._pool.target
             if self._pool.scale(wanted) != before:
                 self._run.event("scaled", before=before, after=self._pool.target)
-        self._pool.advance()
 
     def _say(self, step: int) -> None:
         """Write where the run is and what it waits for; before the first weights there is nothing but waits to tell."""
@@ -354,17 +346,21 @@ class OnlineLoop:
                 "steps": self._stage.steps,
                 "workers": {"rollout": self._pool.size} | self._roles.counts(),
                 "wanted": {"rollout": self._pool.target},
-                "groups": self._ledger.counts() if not self._ledger.complete(GroupState.TRAINED) else {},
+                "generating": self._ahead.newest_step,
+                "groups": self._ahead.counts(),
                 "metrics": {k: v for k, v in self.last_metrics.items() if k in _HEADLINES},
             }
         self._run.update_status(**told)
 
     def _waiting(self) -> list[Wait]:
-        """What actors are at for the run, and the phase of the step until one has begun something for it."""
-        waits = [*self._roles.waiting(), *self._pool.waiting()]
-        if self._now and all(wait.since < self._now.since for wait in waits):
-            waits.append(self._now)
-        return waits
+        """What actors are at for the run, and the phase of the step until one has begun something for it.
+
+        Scorers may have begun before the phase that waits for them.
+        """
+        roles, workers = self._roles.waiting(), self._pool.waiting()
+        if self._now and not roles and all(wait.since < self._now.since for wait in workers):
+            return [*workers, self._now]
+        return [*roles, *workers]
 
     def _phase(self, name: str, lane: str | None = None) -> "_Phase":
         return _Phase(self, name, lane)

@@ -27,6 +27,17 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
+def version_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Which weight versions made the samples, and how many steps behind the update they were."""
+    versions = [g.version for g in groups for _ in g.samples]
+    behind = [g.step - g.version for g in groups for _ in g.samples]
+    return {
+        "version/min": float(min(versions)),
+        "version/max": float(max(versions)),
+        "staleness/mean": float(np.mean(behind)),
+    }
+
+
 def kl_metrics(groups: Sequence[Group], coefficient: float) -> dict[str, float]:
     """The coefficient of the step and the KL to the reference, nats a completion and a token; empty where KL is off.
 

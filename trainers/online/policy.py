@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from ...cluster.process_group import Seat
-from ...cluster.weights import Tensors, WeightVersion, joined, open_transport, version_digest
+from ...cluster.weights import (
+    Tensors,
+    WeightVersion,
+    joined,
+    keep_version,
+    kept_version,
+    open_transport,
+    version_digest,
+)
 from ..stages import OnlineStage
 from .batch import TrainSample
 from .checkpoints import Written
@@ -72,7 +80,7 @@ class Policy:
         return self._learner.learn(samples, step, partial(self._backward, kl_coefficient=kl_coefficient))
 
     def _with_old(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
-        """The samples with their log-probs under the weights as they are, which generated them."""
+        """The samples with their log-probs under the weights as they are, before the step's first update."""
         from .scoring_model import logprobs_of
 
         stage = self._spec.stage
@@ -192,7 +200,8 @@ class PolicyActor:
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         self._policy, self._base = Policy(spec, seat), spec.base_digest
         stage = spec.stage
-        self._transport = open_transport(stage.rollout.weights, timeout=stage.timeout_seconds)
+        self._timeout = stage.timeout_seconds
+        self._transport = open_transport(stage.rollout.weights, timeout=self._timeout)
         self._hashing = ThreadPoolExecutor(1, "digest")
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
@@ -206,8 +215,19 @@ class PolicyActor:
     def publish(self, version: int, workers: Sequence[str]) -> WeightVersion | None:
         """Make the weights as they are now available to these workers, and to any that come later; rank 0 does."""
         tensors, config = self._policy.export()
-        if not self._policy.leads:
-            return None
+        return self._send(version, workers, tensors, config) if self._policy.leads else None
+
+    def publish_kept(self, version: int, folder: Path) -> WeightVersion:
+        """Make a version available again that a checkpoint has kept."""
+        return self._send(version, (), *kept_version(folder, version))
+
+    def keep(self, folder: Path, versions: Sequence[WeightVersion]) -> None:
+        """Write versions that were published before into a checkpoint. Raises `RunFailed` where it cannot."""
+        for weights in versions:
+            pieces = self._transport.receive(replace(weights.parcel, channel=None), "the policy", timeout=self._timeout)
+            keep_version(folder, weights.version, pieces, weights.config)
+
+    def _send(self, version: int, workers: Sequence[str], tensors: Tensors, config: dict[str, Any]) -> WeightVersion:
         pieces = joined(tensors)
         digest = self._hashing.submit(version_digest, pieces, config, self._base)  # beside the copying
         parcel = self._transport.send(pieces, workers)

@@ -18,6 +18,7 @@ from ...cluster.placement import free_offers, node_of, place, release
 from ...cluster.planning import Offer, amount
 from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
+from ...rollout.inbox import Inbox
 from ...rollout.places import Places
 from ...rollout.records import Group
 from ..stages import LearnerResources, OnlineStage
@@ -26,6 +27,7 @@ from .checkpoints import Written
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
+from .scoring import Scoring, Then
 
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
@@ -55,13 +57,23 @@ class Roles:
     """
 
     def __init__(
-        self, prefix: str, spec: PolicySpec, stage: OnlineStage, places: Places, *, samples: Path, wait_seconds: float
+        self,
+        prefix: str,
+        spec: PolicySpec,
+        stage: OnlineStage,
+        places: Places,
+        *,
+        samples: Path,
+        wait_seconds: float,
+        inbox: Inbox,
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
         self._places = places
         self._placements: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
+        self._inbox = inbox
+        self._scoring = Scoring(inbox, self._timeout)
         self._scorers: list[str] = []
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
@@ -76,7 +88,7 @@ class Roles:
 
     def waiting(self) -> list[Wait]:
         """What is waited for from an actor now."""
-        return list(self._waits)
+        return [*self._waits, *self._scoring.waiting(self._prefix)]
 
     @contextmanager
     def _waiting(self, what: str, *names: str) -> Iterator[None]:
@@ -111,7 +123,9 @@ class Roles:
         for i in range(stage.scoring.workers):
             device = "cuda" if stage.scoring.resources.gpus else "cpu"
             given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
-            self._begin(f"reward-{i}", Scorer, stage.scoring.resources, given, tick, **stateless)
+            name = f"reward-{i}"
+            if self._begin(name, Scorer, stage.scoring.resources, given, tick, **stateless):
+                self._scoring.join(name, self._actors[name], self._nodes.get(name, ""))
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
         others = [[name] for name in self._actors if name not in self.learners()]
         for names in [*self._groups(), *others]:
@@ -143,10 +157,10 @@ class Roles:
 
     def _begin(
         self, name: str, role: type, resources: Resources, given: tuple[Any, ...], tick: Tick, **options: int
-    ) -> None:
-        """Start an actor unless it is there."""
+    ) -> bool:
+        """Start an actor unless it is there; whether it was not."""
         if name in self._actors:
-            return
+            return False
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -174,6 +188,7 @@ class Roles:
             **options,
         )
         self._actors[name] = actor.remote(*given)
+        return True
 
     def _settle(self, tick: Tick) -> None:
         """Where roles have wishes, choose the nodes of all actors that are missing. Raises `DoesNotFit`.
@@ -234,29 +249,41 @@ class Roles:
                     told = calls.get(pulse, actor=name, what="its idle time", timeout=0)
                 self._written |= {name: told} if told else {}
 
-    def score(self, groups: Sequence[Group], *, tick: Tick) -> Iterator[Group]:
-        """Groups with rewards, in order; scorers work side by side."""
-        names = [self._scorers[i % len(self._scorers)] for i in range(len(groups))]
-        refs = [self._actors[name].score.remote(group) for name, group in zip(names, groups, strict=True)]
-        for name, ref, group in zip(names, refs, groups, strict=True):
-            what = f"step {group.step} group {group.index}"
-            with self._waiting(f"the reward of {what}", name):
-                scored = calls.get(ref, actor=name, what=what, timeout=self._timeout, tick=tick)
-            yield scored
+    def score(self, group: Group, then: Then) -> None:
+        """Have a group scored; `then` gets it with rewards. What goes wrong, `require_scores` raises."""
+        self._scoring.score(group, then)
 
-    def scoring_troubles(self) -> dict[str, float]:
+    def withdraw_scores(self) -> None:
+        """Wait for no score that was asked for so far."""
+        self._scoring.withdraw()
+
+    def require_scores(self) -> None:
+        """Raise what went wrong with the scoring of a group, if anything."""
+        failed = self._scoring.failed()
+        gone = {name for name, error in failed.items() if isinstance(error, (WorkerLost, WorkerFailed))}
+        self.lost = self.lost or gone
+        for error in failed.values():
+            raise error
+
+    def ask_scoring_troubles(self) -> dict[str, Any]:
+        """Have the scorers count what went wrong in all they were given so far; for `scoring_troubles`."""
+        return {name: self._actors[name].counters.remote() for name in self._scorers}
+
+    def scoring_troubles(self, asked: dict[str, Any], *, tick: Tick) -> dict[str, float]:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
         counts: Counter[str] = Counter()
-        for name in self._scorers:
-            with self._waiting("its counters", name):
-                ref = self._actors[name].counters.remote()
-                counts.update(calls.get(ref, actor=name, what="its counters", timeout=self._timeout))
+        for name, ref in asked.items():
+            counts.update(self._answers([name], "its counters", tick, [ref])[0])
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
-    def reference_logprobs(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
-        """The reference's log-probs `[T]` of each sample, where there is a reference."""
+    def ask_reference(self, samples: Sequence[TrainSample]) -> dict[str, Any]:
+        """Have the reference see samples, where there is one. For `reference_logprobs`."""
         names = ["reference"] if "reference" in self._actors else self._ranks("policy")
-        return self._ask(names, "the reference's log-probs", tick, "reference_logprobs", samples)[0]
+        return dict(zip(names, self._call(names, "reference_logprobs", samples), strict=True))
+
+    def reference_logprobs(self, asked: dict[str, Any], *, tick: Tick) -> list[np.ndarray]:
+        """The reference's log-probs `[T]` of each sample it was asked for."""
+        return self._answers(list(asked), "the reference's log-probs", tick, list(asked.values()))[0]
 
     def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The critic's values `[T]` of each sample, where there is a critic."""
@@ -280,12 +307,21 @@ class Roles:
         """The policy's weights, in the object store."""
         return self._ask(self._ranks("policy"), f"publishing version {version}", tick, "publish", version, workers)[0]
 
-    def save(self, folder: Path, *, tick: Tick) -> None:
-        """Have those who learn copy their state, and write it into the folder from then on."""
+    def publish_kept(self, version: int, folder: Path, *, tick: Tick) -> WeightVersion:
+        """An earlier version as a checkpoint has it, in the object store again."""
+        return self._ask(["policy-0"], f"publishing version {version}", tick, "publish_kept", version, folder)[0]
+
+    def save(self, folder: Path, before: Sequence[WeightVersion], *, tick: Tick) -> None:
+        """Have those who learn copy their state, and write it into the folder from then on.
+
+        The versions before the policy's that steps still come from are written at once.
+        """
         learners = self.learners()
         refs = self._call(learners, "save", folder)
         self._pulses.clear()  # what they say of the checkpoint before
         self._answers(learners, "a checkpoint", tick, refs)
+        if before:
+            self._ask(["policy-0"], "a checkpoint", tick, "keep", folder, before)
 
     def written(self, folder: Path) -> list[Written] | None:
         """What they wrote into the folder since `save`, once `look_after` or `finish_writing` has heard it of all."""
@@ -324,7 +360,7 @@ class Roles:
         self, names: Sequence[str], what: str, tick: Tick, refs: Sequence[Any], *, timeout: float | None = None
     ) -> list[Any]:
         with self._waiting(what, *names):
-            return calls.get_together(
+            return self._inbox.get_together(
                 dict(zip(names, refs, strict=True)), what=what, timeout=timeout or self._timeout, tick=tick
             )
 
@@ -346,6 +382,7 @@ class Roles:
             self._nodes.pop(name, None)
             self._pulses.pop(name, None)
             self._written.pop(name, None)
+            self._scoring.leave(name)
         self.lost = set()
 
     def close(self) -> None:

@@ -20,7 +20,8 @@ from ..data.template import Encoded, Tokenizer, stop_tokens
 from ..model_state import ModelState, StageOutcome
 from ..stages import OnlineStage
 from ..stages.wishes import role_demands
-from .loop import OnlineLoop, Prompt
+from .ahead import Prompt
+from .loop import OnlineLoop
 from .policy import PolicySpec
 from .roles import END_SECONDS, Roles
 
@@ -62,8 +63,8 @@ def run_online_stage(
     prefix = f"{run.name}/{name}/"
     wait = config.cluster.wait_seconds
     places = Places(role_demands(stage.roles), least=stage.rollout.workers.min)
-    roles = Roles(prefix, spec, stage, places, samples=run / "samples" / name, wait_seconds=wait)
     pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event, places=places)
+    roles = Roles(prefix, spec, stage, places, samples=run / "samples" / name, wait_seconds=wait, inbox=pool.inbox)
     loop = OnlineLoop(
         stage,
         name,

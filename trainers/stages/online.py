@@ -17,6 +17,9 @@ Ratio = Literal["token", "sequence", "product"]
 Aggregation = Literal["token", "sequence", "constant"]
 Scale = Literal["none", "batch", "group", "tokens"]
 
+_MOST_UNCORRECTED = 4
+"""Of staleness without a correction for it."""
+
 
 class AdaptiveKl(Config):
     """A coefficient that follows the measured KL (Ziegler et al. 2019, 1909.08593, section 2.2)."""
@@ -171,7 +174,11 @@ class OnlineStage(StageBase):
     """Parts into which each epoch cuts them, with an update each; from the second update on, ratios differ from 1."""
     micro_batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward and backward of a policy's rank."""
-    staleness: Literal[0] = 0
+    staleness: int = Field(default=0, ge=0)
+    """How many versions older than the policy the weights are that a step's completions come from, so that generation
+    goes on during updates: step t comes from version max(0, t − staleness), always. `mismatch` corrects the update for
+    it: its ratio is that of the policy before the step to the weights that drew (AReaL's decoupled objective,
+    2505.24298)."""
     keep_best: KeepBest | None = None
     policy: LearnerResources = LearnerResources()
     reference: RoleResources | Literal["adapter_off"] = RoleResources(cpus=0.5)
@@ -278,6 +285,20 @@ class OnlineStage(StageBase):
     @model_validator(mode="after")
     def _roles_can_stand_so(self) -> "OnlineStage":
         refuse_wishes(self.roles)
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_is_borne(self) -> "OnlineStage":
+        if self.staleness > _MOST_UNCORRECTED and self.mismatch is None:
+            raise ValueError(
+                f"staleness {self.staleness} with mismatch null: completions of weights so old mislead an update that "
+                f"is not corrected for them (AReaL, 2505.24298); leave mismatch in, or take {_MOST_UNCORRECTED} or less"
+            )
+        if self.staleness and self.rollout.weights.transport == "nccl":
+            raise ValueError(
+                f"staleness {self.staleness} with rollout.weights.transport nccl: a broadcast reaches all workers at "
+                "once, and here each takes new weights as it gets free; take object_store, or staleness 0"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,9 +10,13 @@ from raylign.cluster.weights import (
     WeightStore,
     WeightVersion,
     adapter_digest,
+    joined,
+    keep_version,
+    kept_version,
     load_adapter,
     save_adapter,
     tensors_digest,
+    version_digest,
 )
 
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, np.float32)}
@@ -72,3 +76,32 @@ def test_versions_grow_and_an_update_must_show() -> None:
     with pytest.raises(RunFailed, match="does not follow"):
         store.publish(version(2, "c"), changed=True)
     assert store.current.digest == "b"
+
+
+def test_a_step_comes_from_its_version_and_older_ones_are_let_go() -> None:
+    store = WeightStore(staleness=2)
+    assert not store.has(0)
+    store.begin_at(version(0, "0"))
+    assert [store.of_step(step).version for step in range(3)] == [0, 0, 0]
+    with pytest.raises(RunFailed, match="step 3 comes from weight version 1, and there is 0"):
+        store.of_step(3)
+    for number in (1, 2, 3):
+        store.publish(version(number, str(number)), changed=True)
+    assert [v.version for v in store.before()] == [1, 2]
+    assert [store.of_step(step).version for step in (3, 4, 5)] == [1, 2, 3]
+    assert not store.has(2)
+    store.begin_at(version(2, "2"), [version(0, "0"), version(1, "1")])
+    assert [store.of_step(step).version for step in (2, 3, 4)] == [0, 1, 2]
+    with pytest.raises(RunFailed, match="weight version 1 was 1 and came out as x when it was made again"):
+        store.begin_at(version(3, "3"), [version(1, "x"), version(2, "2")])
+
+
+def test_a_version_that_a_checkpoint_keeps_comes_back_as_it_was(tmp_path: Path) -> None:
+    tensors = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([1.5], np.float32)}
+    keep_version(tmp_path, 7, joined(tensors), {"r": 4, "target_modules": ["q"]})
+    assert [path.name for path in tmp_path.iterdir()] == ["version-000007.safetensors"]
+    back, config = kept_version(tmp_path, 7)
+    assert config == {"r": 4, "target_modules": ["q"]}
+    assert version_digest(joined(back), config, "base") == version_digest(joined(tensors), config, "base")
+    with pytest.raises(RunFailed, match="weight version 8 cannot be written to"):
+        keep_version(tmp_path / "gone", 8, joined(tensors), {})

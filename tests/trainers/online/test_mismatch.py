@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from raylign.trainers.online.losses import LossSettings, Tokens, Totals, policy_loss
 from raylign.trainers.online.mismatch import mismatch_metrics, mismatch_weights
-from raylign.trainers.stages import MismatchConfig
+from raylign.trainers.stages import ClipConfig, MismatchConfig
 
 OLD = torch.tensor([[0.0, 1.0, -1.0, 9.0], [0.25, 0.25, 9.0, 9.0]], requires_grad=True)
 MASK = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
@@ -79,3 +80,25 @@ def test_the_kl_is_that_of_engine_and_trainer() -> None:
         told = mismatch_metrics(old.reshape(1, 1), behaviour.reshape(1, 1), one, one, total_tokens=1)
         expectation += p * told["mismatch/kl"]
     assert expectation == pytest.approx(exact, abs=1e-9)
+
+
+def test_of_older_weights_the_loss_and_its_gradient_are_areals_decoupled_ones() -> None:
+    """2505.24298, section 5.2: E[π_prox / π_behav · min(u A, clip(u, 1 − ε, 1 + ε) A)], u = π_θ / π_prox."""
+    generator = torch.Generator().manual_seed(2)
+    behaviour_BT = -torch.rand(3, 5, generator=generator, dtype=torch.float64) - 0.1
+    proximal_BT = behaviour_BT + 0.3 * torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    logprobs_BT = (proximal_BT + 0.3 * torch.randn(3, 5, generator=generator, dtype=torch.float64)).requires_grad_()
+    advantages_BT = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    mask_BT = torch.ones(3, 5, dtype=torch.float64)
+
+    ratio_BT = (logprobs_BT - proximal_BT).exp()
+    least_BT = torch.minimum(ratio_BT * advantages_BT, ratio_BT.clamp(0.8, 1.2) * advantages_BT)
+    expected = -((proximal_BT - behaviour_BT).exp() * least_BT).mean()
+    (gradient,) = torch.autograd.grad(expected, logprobs_BT)
+
+    settings = LossSettings(clip=ClipConfig(low=0.2, high=0.2, dual=None), mismatch=MismatchConfig(high=1e9))
+    tokens = Tokens(logprobs_BT, proximal_BT, behaviour_BT, advantages_BT, mask_BT)
+    loss, _ = policy_loss(tokens, Totals(15, 3, 15), settings)
+    (ours,) = torch.autograd.grad(loss, logprobs_BT)
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(ours, gradient, atol=1e-9, rtol=0)

@@ -114,11 +114,30 @@ def test_a_recipe_overrides_single_fields() -> None:
             "policy.ranks 65: an update has 64 completions (batch_size 128 over minibatches 2), so some ranks would",
         ),
         ({"type": "ppo", "critic": {"resources": {"ranks": 129}}}, "critic.resources.ranks 129: an update has 128"),
+        ({"staleness": 5, "mismatch": None}, "staleness 5 with mismatch null: completions of weights so old mislead"),
+        (
+            {
+                "staleness": 1,
+                "policy": {"gpus": 1},
+                "rollout": {
+                    "weights": {"transport": "nccl"},
+                    "resources": {"gpus": 1},
+                    "workers": {"min": 2, "max": 2, "start": 2},
+                },
+            },
+            "staleness 1 with rollout.weights.transport nccl: a broadcast reaches all workers at once",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         stage(**fields)
+
+
+def test_older_weights_are_taken_with_the_correction_and_a_few_without() -> None:
+    assert stage(staleness=8).staleness == 8
+    assert stage(staleness=4, mismatch=None).staleness == 4
+    assert stage().staleness == 0
 
 
 def test_the_stage_and_the_algorithms_of_the_readme_are_these() -> None:
