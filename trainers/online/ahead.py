@@ -4,6 +4,7 @@ Step t comes from weight version max(0, t − staleness), whatever is ready soon
 recipe and seed alone, and with staleness 0 no step begins before the version of the step before it is there.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Batch:
 
     def __init__(self, source: Source, step: int, begins: int, weights: WeightVersion) -> None:
         self._source, self._begins, self._weights = source, begins, weights
+        self.began = time.time()
+        """Seconds since the epoch."""
         self.ledger = Ledger(step, 0, weights.version, weights.digest)
         self.full = False
         """Whether all that is drawn is scored, and no more is drawn."""

@@ -175,7 +175,7 @@ class OnlineLoop:
         """The step's batch, generated and scored; it is on its way already, and those after it meanwhile."""
         batch = self._ahead.first
         while True:
-            with self._phase("generate"):
+            with self._phase("generate", since=batch.began):
                 self._wait_until(lambda: batch.generated)
             with self._phase("score", lane="reward-0"):
                 self._wait_until(lambda: batch.full or not batch.generated)
@@ -362,19 +362,24 @@ class OnlineLoop:
             return [*workers, self._now]
         return [*roles, *workers]
 
-    def _phase(self, name: str, lane: str | None = None) -> "_Phase":
-        return _Phase(self, name, lane)
+    def _phase(self, name: str, lane: str | None = None, *, since: float | None = None) -> "_Phase":
+        return _Phase(self, name, lane, since)
 
 
 class _Phase:
-    """Says that a phase of a step begins, times it, and notes it as a span of the lane that works in it."""
+    """Says that a phase of a step begins, times it, and notes it as a span of the lane that works in it.
 
-    def __init__(self, loop: OnlineLoop, name: str, lane: str | None) -> None:
-        self._loop, self._name, self._lane = loop, name, lane
+    `since` is when its actors began, where that was before the loop came to wait for them.
+    """
+
+    def __init__(self, loop: OnlineLoop, name: str, lane: str | None, since: float | None) -> None:
+        self._loop, self._name, self._lane, self._since = loop, name, lane, since
 
     def __enter__(self) -> None:
         self._start = time.time()
-        self._loop._now = Wait(f"{self._name} of step {self._loop.step}", self._lane or "controller", "", self._start)
+        self._loop._now = Wait(
+            f"{self._name} of step {self._loop.step}", self._lane or "controller", "", self._since or self._start
+        )
         self._loop._say(self._loop.step)
 
     def __exit__(self, kind: Any, *_: object) -> None:
