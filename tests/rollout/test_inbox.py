@@ -67,7 +67,11 @@ def test_of_actors_that_work_together_the_first_that_fails_ends_the_wait_and_a_d
     def together(one: str, other: str, timeout: float = 60) -> None:
         ranks = {f"policy-{i}": Rank.remote() for i in range(2)}
         refs = {n: getattr(a, m).remote() for (n, a), m in zip(ranks.items(), (one, other), strict=True)}
-        inbox.get_together(refs, what="an update", timeout=timeout, tick=lambda: None)
+        try:
+            inbox.get_together(refs, what="an update", timeout=timeout, tick=lambda: None)
+        finally:
+            for rank in ranks.values():  # one that sleeps would keep its share of a CPU
+                ray.kill(rank)
 
     ranks = [Rank.remote(), Rank.remote()]
     refs = {f"policy-{i}": rank.answer.remote(i) for i, rank in enumerate(ranks)}
