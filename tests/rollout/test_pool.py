@@ -54,7 +54,7 @@ def _faulty(folder: Path) -> type:
             import os
             import time
 
-            draft = folder / f"draft-{os.getpid()}"
+            draft = folder / f"draft-{call}"
             draft.write_text(str(os.getpid()))
             draft.rename(folder / f"pid-{self._name.rpartition('/')[2]}")
             while (folder / "hold").exists():
