@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.models import save_tokenizer
 
 from .runs import start
+from .test_failures import pid_of, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -154,19 +155,6 @@ def part_of(shard: Path, size: int) -> bool:
         return shard.stat().st_size < size
     except FileNotFoundError:  # it is in its place by now
         return False
-
-
-def until(what: str, holds: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"no sign that {what}"
-        time.sleep(0.02)
-
-
-def pid_of(actor: str) -> int:
-    from ray._private.state import actors
-
-    return next(a["Pid"] for a in actors(actor_state_name="ALIVE").values() if a["Name"] == actor)
 
 
 def made_twice_the_same(run: RunDir) -> set[int]:
