@@ -4,7 +4,7 @@ work and its faults are measured."""
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +37,8 @@ def local_ray() -> Iterator[None]:
     here = {"_node_ip_address": host} if (host := loopback_host()) else {}
     ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="raylign", log_to_driver=False, **here)
     for thread in psutil.Process().threads():
-        os.sched_setaffinity(thread.id, cores[-1:])
+        with suppress(ProcessLookupError):  # one that has ended since
+            os.sched_setaffinity(thread.id, cores[-1:])
     try:
         yield
     finally:
