@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from raylign.cluster.errors import InputError
 from raylign.trainers.adapters import export_weights, open_base, open_model
 from raylign.trainers.online.policy import Policy
+from raylign.trainers.online.prefixes import Packing
 from raylign.trainers.online.ranks import Ranks
 from raylign.trainers.online.scoring_model import logprobs_of
 from raylign.trainers.stages import DpoStage, LoraConfig, RewardModelStage, SftStage
@@ -31,7 +32,7 @@ def test_a_quantised_base_computes_with_the_values_it_stands_for(tiny_model: Pat
             assert packed[name].dtype == getattr(torch, dtype)
             assert packed[name].nbytes * 8 == plain[name].numel() * 4
     models = (quantised.eval(), stands_for.eval(), open_base(tiny_model).eval())
-    got, wanted, whole = (logprobs_of(model, samples(), 1.0, 10_000, Ranks("cpu")) for model in models)
+    got, wanted, whole = (logprobs_of(model, samples(), 1.0, Packing(10_000), Ranks("cpu")) for model in models)
     for ours, theirs, others in zip(got, wanted, whole, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4 if dtype == "float32" else 0.3)
         assert abs(ours - others).max() > 0.05  # what mismatch/… tells of a rollout with the base as it is

@@ -4,7 +4,7 @@ Shapes: P prompt tokens, T completion tokens, B rows of a micro-batch, L its lon
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,8 @@ class TrainSample:
 
     @property
     def rows(self) -> tuple["TrainSample", ...]:
-        """What a forward takes of it: itself, and in a pair the rejected one."""
-        return (self,) if self.rejected is None else (self, self.rejected)
+        """What a forward takes of it: itself, and in a pair the rejected one beside it."""
+        return (self,) if self.rejected is None else (replace(self, rejected=None), self.rejected)
 
 
 class MicroBatch(NamedTuple):

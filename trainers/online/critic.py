@@ -5,7 +5,6 @@ Shapes: as in `scoring_model.py`; D the model's width.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,22 +23,23 @@ class Critic:
 
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         import torch
-        from peft import PeftModel
 
         from ..adapters import open_model
         from .learner import Learner
         from .ranks import Ranks
+        from .scoring_model import packing_for, without_peft
         from .valuer import Valuer
 
         assert spec.stage.critic, "a stage without a critic starts none"
         self._stage, self._config = spec.stage, spec.stage.critic
         torch.set_num_threads(max(1, int(self._config.resources.cpus)))
         self._ranks = Ranks(device_of(self._config.resources.gpus), seat)
-        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
+        self._packing = packing_for(model, spec.stage.micro_batch_tokens)
+        whole = without_peft(model)
         valuer = Valuer(whole.base_model, whole.config.get_text_config().hidden_size)
         recompute = self._config.resources.activation_checkpointing
-        self._model = self._ranks.spread(valuer, recompute=recompute).eval()
+        self._model = self._ranks.spread(valuer, recompute=recompute)
         parameters = dict(self._model.named_parameters())
         rate = self._config.learning_rate
         self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
@@ -48,7 +48,7 @@ class Critic:
         """What is still to come, as the critic sees it before each completion token; `[T]` of each sample."""
         from .scoring_model import of_each_sample
 
-        return of_each_sample(self._model, samples, self._stage.micro_batch_tokens, self._ranks)
+        return of_each_sample(self._model, samples, self._packing, self._ranks)
 
     def update(self, samples: Sequence[TrainSample], step: int) -> dict[str, float]:
         """The updates of a step towards the samples' `returns`, in the same minibatches as the policy's.
@@ -76,12 +76,12 @@ class Critic:
         from .scoring_model import align
 
         totals, parts = Totals(sum(len(s.tokens) for s in samples), len(samples), 0), []
-        for rows, counts in self._ranks.batches([s.length for s in samples], self._stage.micro_batch_tokens):
-            batch = align([samples[i] for i in rows], self._ranks.device, counts=counts)
-            if batch.values_BK is None or batch.returns_BK is None:
+        for bundles, counts in self._ranks.batches(samples, self._packing):
+            batch = align(bundles, self._ranks.device, counts=counts)
+            if batch.values_BT is None or batch.returns_BT is None:
                 raise ValueError("the critic learns from samples that have values and returns")
             loss, metrics = value_loss(
-                self._model(batch), batch.values_BK, batch.returns_BK, batch.mask_BK, self._config.clip, totals
+                self._model(batch), batch.values_BT, batch.returns_BT, batch.mask_BT, self._config.clip, totals
             )
             loss.backward()
             parts.append(metrics)

@@ -51,13 +51,15 @@ class Policy:
         from ..adapters import Exporter, open_model
         from .learner import Learner
         from .ranks import Ranks
+        from .scoring_model import packing_for
 
         torch.set_num_threads(max(1, int(spec.stage.policy.cpus)))
         self._spec = spec
         self._ranks = Ranks(device_of(spec.stage.policy.gpus), seat)
-        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
         self._exporter = Exporter(model)
-        self._model = self._ranks.spread(model, recompute=spec.stage.policy.activation_checkpointing).eval()
+        self._packing = packing_for(model, spec.stage.micro_batch_tokens)
+        self._model = self._ranks.spread(model, recompute=spec.stage.policy.activation_checkpointing)
         self._parameters = dict(self._model.named_parameters())
         rate = spec.stage.learning_rate
         self._learner = Learner("policy", self._parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
@@ -86,7 +88,7 @@ class Policy:
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
         rows = [row for sample in samples for row in sample.rows]
-        old = iter(logprobs_of(self._model, rows, temperature, stage.micro_batch_tokens, self._ranks))
+        old = iter(logprobs_of(self._model, rows, temperature, self._packing, self._ranks))
 
         def noted(sample: TrainSample) -> TrainSample:
             own = next(old)
@@ -106,21 +108,20 @@ class Policy:
         constant = stage.batch_size // stage.minibatches * longest
         totals = Totals(sum(len(row.tokens) for s in samples for row in s.rows), len(samples), constant)
         parts = []
-        lengths = [len(s.rows) * max(row.length for row in s.rows) for s in samples]
-        for chosen, counts in self._ranks.batches(lengths, stage.micro_batch_tokens):
-            batch = align([row for i in chosen for row in samples[i].rows], self._ranks.device, counts=counts)
-            logprobs_BK, entropy_BK = completion_logprobs(
+        for bundles, counts in self._ranks.batches(samples, self._packing):
+            batch = align(bundles, self._ranks.device, counts=counts)
+            logprobs_BT, entropy_BT = completion_logprobs(
                 self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
             )
             tokens = Tokens(
-                logprobs_BT=logprobs_BK,
+                logprobs_BT=logprobs_BT,
                 # of a step's only update, the policy before it is the policy itself
-                old_BT=logprobs_BK.detach() if batch.old_BK is None else batch.old_BK,
-                behaviour_BT=batch.behaviour_BK,
-                advantages_BT=batch.advantages_BK,
-                mask_BT=batch.mask_BK,
-                reference_BT=batch.old_BK if stage.demonstrations else batch.reference_BK,
-                entropy_BT=entropy_BK,
+                old_BT=logprobs_BT.detach() if batch.old_BT is None else batch.old_BT,
+                behaviour_BT=batch.behaviour_BT,
+                advantages_BT=batch.advantages_BT,
+                mask_BT=batch.mask_BT,
+                reference_BT=batch.old_BT if stage.demonstrations else batch.reference_BT,
+                entropy_BT=entropy_BT,
             )
             loss, metrics = loss_of(tokens, totals)
             loss.backward()
@@ -137,7 +138,7 @@ class Policy:
         temperature = stage.rollout.sampling.temperature
         assert isinstance(self._model, PeftModel), "the stage asks for it with an adapter only"
         with self._model.disable_adapter():
-            return logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
+            return logprobs_of(self._model, samples, temperature, self._packing, self._ranks)
 
     def export(self) -> tuple[Tensors, dict[str, Any]]:
         """What rollouts need: adapter tensors and PEFT config, or all tensors and `{}`; no tensors but on rank 0.
@@ -169,14 +170,16 @@ class Reference:
 
         from ..adapters import open_model
         from .ranks import Ranks
+        from .scoring_model import packing_for
 
         own = spec.stage.reference_role
         assert own, "a stage without a reference of its own starts none"
         torch.set_num_threads(max(1, int(own.cpus)))
         self._spec = spec
         self._ranks = Ranks(device_of(own.gpus))
-        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype)
-        self._model = self._ranks.spread(model).eval()
+        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
+        self._packing = packing_for(model, spec.stage.micro_batch_tokens)
+        self._model = self._ranks.spread(model)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""
@@ -184,7 +187,7 @@ class Reference:
 
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
-        return logprobs_of(self._model, samples, temperature, stage.micro_batch_tokens, self._ranks)
+        return logprobs_of(self._model, samples, temperature, self._packing, self._ranks)
 
 
 def device_of(gpus: float) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...cluster.process_group import Seat, take
-from .batch import MicroBatch, rank_batches
+from .batch import TrainSample, rank_batches
 from .layers import decoder_layers, recompute_activations
+from .prefixes import Bundle, Packing
 
 _T = TypeVar("_T")
 
@@ -51,9 +52,12 @@ class Ranks:
             sharded.set_force_sum_reduction_for_comms(True)
         return model
 
-    def batches(self, lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-        """The micro-batches of this rank, as many as every rank has, of rows that all ranks know."""
-        return rank_batches(lengths, max_tokens, self.size)[self.rank] if lengths else []
+    def batches(self, samples: Sequence[TrainSample], packing: Packing) -> list[tuple[list[Bundle], bool]]:
+        """The micro-batches of this rank, as many as every rank has, of samples that all ranks know, and whether they
+        count."""
+        bundles = packing.bundles(samples)
+        cut = rank_batches([bundle.tokens for bundle in bundles], packing.max_tokens, self.size)
+        return [([bundles[i] for i in rows], counts) for rows, counts in cut[self.rank]] if cut else []
 
     def gathered(self, item: _T) -> list[_T]:
         """What every rank gives, in their order; all call it."""

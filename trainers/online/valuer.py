@@ -18,6 +18,5 @@ class Valuer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Aligned) -> Tensor:
-        """Values of a micro-batch, `[B, K]`, in float32."""
-        hidden_BLD = self.body(input_ids=batch.ids_BL[:, :-1], use_cache=False).last_hidden_state
-        return self.head(hidden_BLD[:, batch.first :].float())[..., 0].clone()  # FSDP hooks it, and no view
+        """Values of a micro-batch, `[B, T]`, in float32."""
+        return batch.at_completions(self.head(batch.hidden(self.body).float())[:, 0])

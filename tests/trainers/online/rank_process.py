@@ -84,9 +84,10 @@ def serve(pipe: Connection) -> None:
 def samples(lengths: list[tuple[int, int]] = LENGTHS) -> list[TrainSample]:
     """Random ones, with all that policy and critic need."""
     random = np.random.default_rng(0)
+    words = random.integers(3, 250, 10).astype(np.int32)  # of which all prompts are a part: the samples share rows
     return [
         TrainSample(
-            prompt=random.integers(3, 250, prompt).astype(np.int32),
+            prompt=words[:prompt],
             tokens=random.integers(3, 250, completion).astype(np.int32),
             behaviour=-random.random(completion).astype(np.float32) * 6,
             advantages=np.full(completion, random.normal(), np.float32),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from raylign.cluster.weights import joined, version_digest
 from raylign.trainers.adapters import export_weights, open_base
-from raylign.trainers.online.batch import TrainSample, micro_batches
+from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.losses import LossSettings, Tokens, Totals, policy_loss
 from raylign.trainers.online.policy import Policy, PolicySpec
+from raylign.trainers.online.prefixes import Packing
 from raylign.trainers.online.ranks import Ranks
-from raylign.trainers.online.scoring_model import align, completion_logprobs, logprobs_of
+from raylign.trainers.online.scoring_model import Aligned, align, completion_logprobs, logprobs_of
 from raylign.trainers.stages import ALGORITHMS, OnlineStage
 
 from .test_losses_of_trl import inputs, trainer
@@ -25,9 +26,10 @@ LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 @pytest.fixture
 def samples() -> list[TrainSample]:
     random = np.random.default_rng(0)
+    words = random.integers(3, 250, 10).astype(np.int32)  # of which all prompts are a part: the samples share rows
     return [
         TrainSample(
-            prompt=random.integers(3, 250, prompt).astype(np.int32),
+            prompt=words[:prompt],
             tokens=random.integers(3, 250, completion).astype(np.int32),
             behaviour=-random.random(completion).astype(np.float32) * 6,
             advantages=np.full(completion, random.normal(), np.float32),
@@ -58,6 +60,11 @@ def policy(tiny_model: Path) -> Callable[..., Policy]:
     return build
 
 
+def whole(samples: list[TrainSample]) -> Aligned:
+    """All samples in one micro-batch, a row for each."""
+    return align(Packing(10_000).bundles(samples), "cpu")
+
+
 def _digest(policy: Policy) -> str:
     tensors, config = policy.export()
     return version_digest(joined(tensors), config, "")
@@ -65,8 +72,8 @@ def _digest(policy: Policy) -> str:
 
 def test_log_probs_are_those_of_each_row_alone(tiny_model: Path, samples: list[TrainSample]) -> None:
     model = open_base(tiny_model).eval()
-    together = logprobs_of(model, samples, 0.7, 10_000, Ranks("cpu"))
-    one_by_one = logprobs_of(model, samples, 0.7, 1, Ranks("cpu"))
+    together = logprobs_of(model, samples, 0.7, Packing(10_000), Ranks("cpu"))
+    one_by_one = logprobs_of(model, samples, 0.7, Packing(1), Ranks("cpu"))
     for sample, got, alone in zip(samples, together, one_by_one, strict=True):
         ids = torch.from_numpy(np.concatenate([sample.prompt, sample.tokens]).astype(np.int64))[None]
         with torch.no_grad():
@@ -78,18 +85,18 @@ def test_log_probs_are_those_of_each_row_alone(tiny_model: Path, samples: list[T
 
 
 def test_rows_line_up_with_the_positions_that_predict_them(tiny_model: Path, samples: list[TrainSample]) -> None:
-    batch = align(samples, "cpu")
-    assert batch.ids_BL.shape == (4, 10)
-    assert batch.first == 1  # the last token of the shortest prompt
-    assert batch.mask_BK.sum(1).tolist() == [completion for _, completion in LENGTHS]
-    assert batch.reference_BK is not None
+    batch = whole(samples)
+    assert batch.ids_RL.shape == (4, 9)  # nothing is predicted from a last token
+    assert batch.predictors_N.tolist() == [*range(4, 8), *range(10, 17), 26, *range(29, 32)]
+    assert batch.mask_BT.sum(1).tolist() == [completion for _, completion in LENGTHS]
+    assert batch.reference_BT is not None
     for i, sample in enumerate(samples):
-        at = batch.mask_BK[i] > 0
-        assert batch.targets_BK[i][at].tolist() == sample.tokens.tolist()
-        assert batch.behaviour_BK[i][at].tolist() == sample.behaviour.tolist()
-        assert batch.reference_BK[i][at].tolist() == sample.reference.tolist()
+        at = batch.mask_BT[i] > 0
+        assert batch.targets_BT[i][at].tolist() == sample.tokens.tolist()
+        assert batch.behaviour_BT[i][at].tolist() == sample.behaviour.tolist()
+        assert batch.reference_BT[i][at].tolist() == sample.reference.tolist()
     logprobs, entropy = completion_logprobs(open_base(tiny_model), batch, 1.0)
-    assert logprobs.shape == entropy.shape == batch.targets_BK.shape
+    assert logprobs.shape == entropy.shape == batch.targets_BT.shape
     assert logprobs.requires_grad
     assert not entropy.requires_grad
 
@@ -101,9 +108,9 @@ def test_samples_with_and_without_a_reference_do_not_mix(samples: list[TrainSamp
         behaviour=samples[0].behaviour,
         advantages=samples[0].advantages,
     )
-    assert align([bare], "cpu").reference_BK is None
+    assert whole([bare]).reference_BT is None
     with pytest.raises(ValueError, match="1 of 5 samples lack the reference's log-probs"):
-        align([*samples, bare], "cpu")
+        whole([*samples, bare])
 
 
 @pytest.mark.parametrize("algorithm", ["online_dpo", "spin"])
@@ -145,11 +152,11 @@ def test_a_single_update_is_the_plain_one_bit_for_bit(
     trained = [p for p in by_hand.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     settings, totals = LossSettings(kl=(0.1, "k3")), Totals(15, 4, 128 * 256)
-    for rows in micro_batches([s.length for s in samples], 12):
-        batch = align([samples[i] for i in rows], "cpu")
+    for bundles, _ in Ranks("cpu").batches(samples, one._packing):
+        batch = align(bundles, "cpu")
         new, _ = completion_logprobs(by_hand, batch, 1.0)
-        mask, given = batch.mask_BK, (batch.behaviour_BK, batch.advantages_BK)
-        policy_loss(Tokens(new, new.detach(), *given, mask, batch.reference_BK), totals, settings)[0].backward()
+        mask, given = batch.mask_BT, (batch.behaviour_BT, batch.advantages_BT)
+        policy_loss(Tokens(new, new.detach(), *given, mask, batch.reference_BT), totals, settings)[0].backward()
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     told = one.update(samples, 0, 0.1)
@@ -166,21 +173,21 @@ def test_a_second_update_is_that_of_trls_loss_on_log_probs_from_before_the_first
     from trl import GRPOTrainer
 
     options = {"kl": None, "mismatch": None, "clip": {"dual": None}, "schedule": "constant"}
-    batch = align(samples, "cpu")
+    batch = whole(samples)
 
     by_hand = policy(**options)
     with torch.no_grad():
         old, _ = completion_logprobs(by_hand._model, batch, 1.0)
     first = by_hand.update(samples, 0, 0.0)
     new, entropy = completion_logprobs(by_hand._model, batch, 1.0)
-    t = Tokens(new, old, batch.behaviour_BK, batch.advantages_BK, batch.mask_BK, entropy_BT=entropy)
+    t = Tokens(new, old, batch.behaviour_BT, batch.advantages_BT, batch.mask_BT, entropy_BT=entropy)
     lines = torch.tensor([float(s.advantages[0]) for s in samples])
     loss = GRPOTrainer._compute_loss(trainer(t), None, inputs(t) | {"advantages": lines})
     gradients = torch.autograd.grad(loss, [p for p in by_hand._model.parameters() if p.requires_grad])
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
     ratio = (new - old).exp()
-    outside = ((ratio < 0.8) & (batch.advantages_BK < 0)) | ((ratio > 1.28) & (batch.advantages_BK > 0))
-    clipped = (outside * batch.mask_BK).sum().item() / 15
+    outside = ((ratio < 0.8) & (batch.advantages_BT < 0)) | ((ratio > 1.28) & (batch.advantages_BT > 0))
+    clipped = (outside * batch.mask_BT).sum().item() / 15
     assert clipped > 0.2
 
     told = policy(**options, epochs=2).update(samples, 0, 0.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from raylign.cluster.errors import InputError, RunFailed
 from raylign.trainers.adapters import open_base
+from raylign.trainers.online.prefixes import Packing
 from raylign.trainers.online.ranks import Ranks
 from raylign.trainers.online.scoring_model import align, completion_logprobs
 
@@ -137,7 +138,7 @@ def test_recomputed_activations_take_less_memory(tiny_model: Path) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            completion_logprobs(model, align(samples(), "cpu"), 1.0)[0].sum()
+            completion_logprobs(model, align(Packing(10_000).bundles(samples()), "cpu"), 1.0)[0].sum()
         return sum(saved.values())
 
     assert held(recompute=True) < 0.8 * held(recompute=False)
