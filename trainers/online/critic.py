@@ -38,8 +38,7 @@ class Critic:
         self._packing = packing_for(model, spec.stage.micro_batch_tokens)
         whole = without_peft(model)
         valuer = Valuer(whole.base_model, whole.config.get_text_config().hidden_size)
-        recompute = self._config.resources.activation_checkpointing
-        self._model = self._ranks.spread(valuer, recompute=recompute)
+        self._model = self._ranks.spread(valuer, self._config.resources)
         parameters = dict(self._model.named_parameters())
         rate = self._config.learning_rate
         self._learner = Learner("critic", parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)

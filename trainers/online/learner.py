@@ -39,7 +39,8 @@ class Learner:
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), lr=peak, betas=stage.betas, weight_decay=stage.weight_decay
         )
-        self._shards = Shards(name, ranks.device)
+        self._ranks = ranks
+        self._shards = Shards(name, ranks.device, ranks.rank)
 
     def learn(self, samples: Sequence[TrainSample], step: int, backward: Backward) -> Metrics:
         """A step's updates: its epochs over the samples, each in minibatches. Raises `RunFailed` on a NaN gradient.
@@ -61,6 +62,7 @@ class Learner:
         """One optimizer step: its metrics and the norm of its gradient before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
         metrics = backward(samples)
+        self._ranks.add_up(self._trained.values())
         norm = self._clip().item()
         if not np.isfinite(norm):
             losses = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name.endswith("loss"))

@@ -59,7 +59,7 @@ class Policy:
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
         self._exporter = Exporter(model)
         self._packing = packing_for(model, spec.stage.micro_batch_tokens)
-        self._model = self._ranks.spread(model, recompute=spec.stage.policy.activation_checkpointing)
+        self._model = self._ranks.spread(model, spec.stage.policy)
         self._parameters = dict(self._model.named_parameters())
         rate = spec.stage.learning_rate
         self._learner = Learner("policy", self._parameters, spec.stage, spec.seed, peak=rate, ranks=self._ranks)
@@ -179,7 +179,8 @@ class Reference:
         self._ranks = Ranks(device_of(own.gpus))
         model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
         self._packing = packing_for(model, spec.stage.micro_batch_tokens)
-        self._model = self._ranks.spread(model)
+        self._model: Any = model
+        self._model.to(self._ranks.device)
 
     def logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion under the reference."""

@@ -1,16 +1,19 @@
-"""The processes that hold one model together: its weights in shards (FSDP2), a part of every update's rows for each.
+"""The processes that hold one model together: its weights in shards (FSDP2) or all of them each, and a part of every
+update's rows.
 
 Loss and gradient are sums over ranks of shares of the whole update, so they do not depend on how many there are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...cluster.process_group import Seat, take
+from ..stages.learners import LearnerResources
 from .batch import TrainSample, rank_batches
 from .layers import decoder_layers, recompute_activations
 from .prefixes import Bundle, Packing
@@ -32,14 +35,11 @@ class Ranks:
         """Whether it is this rank that writes files and publishes."""
         return self.rank == 0
 
-    def spread(self, model: nn.Module, *, recompute: bool = False) -> nn.Module:
-        """The model on this rank's device, of which each rank keeps a shard of every parameter; all call it.
-
-        With `recompute`, layers are computed again in the backward instead of keeping their activations.
-        """
-        if recompute:
+    def spread(self, model: nn.Module, resources: LearnerResources) -> nn.Module:
+        """The model on this rank's device, which keeps a shard of every parameter or all; all call it."""
+        if resources.activation_checkpointing:
             recompute_activations(model)
-        if self.size == 1:
+        if self.size == 1 or not resources.shard:
             return model.to(self.device)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -58,6 +58,18 @@ class Ranks:
         bundles = packing.bundles(samples)
         cut = rank_batches([bundle.tokens for bundle in bundles], packing.max_tokens, self.size)
         return [([bundles[i] for i in rows], counts) for rows, counts in cut[self.rank]] if cut else []
+
+    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make the gradients of an update those of all ranks together, unless sharding did; all call it."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.size == 1 or any(isinstance(gradient, DTensor) for gradient in gradients):
+            return
+        for dtype in {gradient.dtype for gradient in gradients}:
+            alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in alike])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(alike, flat.split([g.numel() for g in alike]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
 
     def gathered(self, item: _T) -> list[_T]:
         """What every rank gives, in their order; all call it."""

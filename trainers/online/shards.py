@@ -35,8 +35,8 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 class Shards:
     """Writes what a rank of the learner `name` holds, one state after the other."""
 
-    def __init__(self, name: str, device: str) -> None:
-        self._name, pinned = name, device == "cuda"
+    def __init__(self, name: str, device: str, rank: int = 0) -> None:
+        self._name, self._rank, pinned = name, rank, device == "cuda"
         self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Written] | None = None
@@ -48,8 +48,7 @@ class Shards:
         """
         if self._writing:
             wait([self._writing])  # it reads the same memory
-        first = not _rank(state)
-        mine = {key: tensor for key, tensor in state.items() if first or isinstance(tensor, DTensor)}
+        mine = {key: tensor for key, tensor in state.items() if not self._rank or isinstance(tensor, DTensor)}
         copied: Any = self._stager.stage(mine)
         self._writing = self._thread.submit(self._write, copied, folder)
 
@@ -64,7 +63,9 @@ class Shards:
 
     def _write(self, state: dict[str, Any], folder: Path) -> Written:
         began = time.monotonic()
-        path = folder / self._name / f"shard-{_rank(state):05d}.safetensors"
+        if not state:  # the first rank holds it all
+            return Written(folder, {}, 0, 0.0)
+        path = folder / self._name / f"shard-{self._rank:05d}.safetensors"
         try:
             digest = _write_file(state, path)
         except OSError as error:
@@ -88,11 +89,6 @@ def read(state: dict[str, Tensor], folder: Path, name: str) -> None:
     planner.set_up_planner(state, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(planner.create_local_plan(), planner)
-
-
-def _rank(state: Mapping[str, Tensor]) -> int:
-    """This process's place among those that hold parts of the state; 0 where it is held whole."""
-    return next((t.device_mesh.get_rank() for t in state.values() if isinstance(t, DTensor)), 0)
 
 
 def _write_file(state: dict[str, Any], file: Path) -> str:

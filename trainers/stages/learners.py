@@ -8,12 +8,14 @@ from ...cluster.config import RoleResources
 class LearnerResources(RoleResources):
     """The ranks that hold a model together, each an actor with so many CPUs and GPUs.
 
-    Several shard its weights (FSDP2) and share an update's completions; gradients do not depend on how many there are
-    but for rounding. They talk through gloo, on GPUs through nccl, whose ports know no token: keep them on a network
-    of your own.
+    Several share an update's completions, and each holds a shard of all weights (FSDP2) or, without `shard`, all of
+    them; gradients do not depend on how many there are but for rounding. They talk through gloo, on GPUs through nccl,
+    whose ports know no token: keep them on a network of your own.
     """
 
     ranks: int = Field(default=1, ge=1)
+    shard: bool = True
+    """Off, every rank holds the whole model and gradients are added up once an update: faster where it fits."""
     activation_checkpointing: bool = False
     """Keep a layer's input alone and compute the layer again in the backward: a third more work for less memory."""
 

@@ -12,10 +12,12 @@ from raylign.trainers.adapters import open_base
 from raylign.trainers.online.prefixes import Packing
 from raylign.trainers.online.ranks import Ranks
 from raylign.trainers.online.scoring_model import align, completion_logprobs
+from raylign.trainers.stages.learners import LearnerResources
 
 from .rank_process import Group, learn_values, samples, spec, train
 
 FULL, LORA = {"adapter": None}, {"adapter": {"r": 4}}
+WHOLE = LORA | {"policy": {"ranks": 2, "shard": False}}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_two_ranks_share_a_quantised_base(dtype: str, pair: Group, tiny_model: P
     assert first["metrics"] == second["metrics"]
 
 
-@pytest.mark.parametrize("trained", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("trained", [LORA, FULL, WHOLE], ids=["lora", "full", "not-sharded"])
 def test_two_ranks_have_the_gradient_of_one(trained: dict[str, Any], pair: Group, tiny_model: Path) -> None:
     given = spec(tiny_model, **trained, micro_batch_tokens=12, entropy_bonus=0.1)
     for updates in ([samples()], [samples()] * 2):
@@ -84,7 +86,7 @@ def test_a_nan_gradient_is_raised_by_every_rank_and_names_the_policy(pair: Group
         assert str(error).startswith("step 0: the gradient of the policy is nan (loss nan): lower its learning_rate")
 
 
-@pytest.mark.parametrize("trained", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("trained", [LORA, FULL, WHOLE], ids=["lora", "full", "not-sharded"])
 def test_what_ranks_save_any_number_goes_on_from(
     trained: dict[str, Any], pair: Group, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -130,7 +132,7 @@ def test_recomputed_activations_take_less_memory(tiny_model: Path) -> None:
     """What the graph of one forward holds: the input of each of two layers instead of all that they compute."""
 
     def held(*, recompute: bool) -> int:
-        model = Ranks("cpu").spread(open_base(tiny_model), recompute=recompute)
+        model = Ranks("cpu").spread(open_base(tiny_model), LearnerResources(activation_checkpointing=recompute))
         saved: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -146,4 +148,4 @@ def test_recomputed_activations_take_less_memory(tiny_model: Path) -> None:
 
 def test_a_model_without_layers_is_refused(tiny_model: Path) -> None:
     with pytest.raises(InputError, match="activation_checkpointing: Linear marks no layers; leave it out"):
-        Ranks("cpu").spread(torch.nn.Linear(1, 1), recompute=True)
+        Ranks("cpu").spread(torch.nn.Linear(1, 1), LearnerResources(activation_checkpointing=True))

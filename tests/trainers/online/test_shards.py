@@ -33,8 +33,10 @@ def network(ranks: int, *, seed: int = 0) -> nn.Module:
     return made
 
 
-def learner(model: nn.Module, *, updates: int = 0) -> Learner:
-    made = Learner("policy", dict(model.named_parameters()), STAGE, 0, peak=0.1, ranks=Ranks("cpu"))
+def learner(model: nn.Module, *, rank: int = 0, updates: int = 0) -> Learner:
+    ranks = Ranks("cpu")
+    ranks.rank = rank
+    made = Learner("policy", dict(model.named_parameters()), STAGE, 0, peak=0.1, ranks=ranks)
     for _ in range(updates):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter) * parameter.detach()
@@ -52,10 +54,10 @@ def be_a_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     where, limit = f"file://{folder}/meeting", timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=2, timeout=limit)
-    learned = learner(network(2), updates=2)
+    learned = learner(network(2), rank=rank, updates=2)
     learned.save(folder / "two")
     assert learned.written(wait=True)
-    other = learner(network(2, seed=1))
+    other = learner(network(2, seed=1), rank=rank)
     other.load(folder / "one")
     found = whole(other)
     if not rank:
