@@ -1,5 +1,6 @@
 """The stages that sample while they learn, as separate actors. Imports neither ray nor torch."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -179,6 +180,10 @@ class OnlineStage(StageBase):
     goes on during updates: step t comes from version max(0, t − staleness), always. `mismatch` corrects the update for
     it: its ratio is that of the policy before the step to the weights that drew (AReaL's decoupled objective,
     2505.24298)."""
+    partial_tokens: int | None = Field(default=None, ge=1)
+    """Partial rollouts (Kimi k1.5, 2501.12599; APRIL, 2509.18521): a completion gets at most so many tokens a step; one
+    that is not finished then is carried to the next step and goes on under its weights. A step draws its prompts
+    besides what it goes on with, and trains on all groups that are finished in it. None: a step waits for all."""
     keep_best: KeepBest | None = None
     policy: LearnerResources = LearnerResources()
     reference: RoleResources | Literal["adapter_off"] = RoleResources(cpus=0.5)
@@ -288,10 +293,25 @@ class OnlineStage(StageBase):
         return self
 
     @model_validator(mode="after")
-    def _staleness_is_borne(self) -> "OnlineStage":
-        if self.staleness > _MOST_UNCORRECTED and self.mismatch is None:
+    def _partial_rollouts_are_partial(self) -> "OnlineStage":
+        longest = self.rollout.sampling.max_tokens
+        if self.partial_tokens and self.partial_tokens >= longest:
             raise ValueError(
-                f"staleness {self.staleness} with mismatch null: completions of weights so old mislead an update that "
+                f"partial_tokens {self.partial_tokens}: rollout.sampling.max_tokens is {longest}, so no completion "
+                f"would be carried; take less, such as {max(1, longest // 2)}, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _staleness_is_borne(self) -> "OnlineStage":
+        if self.oldest > _MOST_UNCORRECTED and self.mismatch is None:
+            how = f"staleness {self.staleness}"
+            if self.partial_tokens:
+                how += (
+                    f" and partial_tokens {self.partial_tokens} of rollout.sampling.max_tokens, {self.oldest} in all,"
+                )
+            raise ValueError(
+                f"{how} with mismatch null: completions of weights so old mislead an update that "
                 f"is not corrected for them (AReaL, 2505.24298); leave mismatch in, or take {_MOST_UNCORRECTED} or less"
             )
         if self.staleness and self.rollout.weights.transport == "nccl":
@@ -331,6 +351,12 @@ class OnlineStage(StageBase):
             "reward": (self.scoring.workers, self.scoring.resources),
             "rollout": (self.rollout.workers.start, self.rollout.resources),
         }
+
+    @property
+    def oldest(self) -> int:
+        """How many versions older than the policy the weights of a step's oldest tokens can be."""
+        longest = self.rollout.sampling.max_tokens
+        return self.staleness + math.ceil(longest / (self.partial_tokens or longest)) - 1
 
     @property
     def keeps_old(self) -> bool:
