@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ...cluster.config import Config, RoleResources
-from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
+from ...rollout.config import RewardConfig, RewardModelSource, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
 from .learners import LearnerResources
@@ -108,8 +108,12 @@ class KeepBest(Config):
     mode: Literal["max", "min"] = "max"
 
 
-class CriticConfig(Config):
-    """The critic of PPO: the policy's base with a value head and, as the policy has it, an adapter or all weights."""
+class CriticConfig(RewardModelSource):
+    """The critic of PPO: the policy's base with a value head and, as the policy has it, an adapter or all weights.
+
+    With `stage` or `path` it starts as that reward model, body and head (InstructGPT 2203.02155), with a new adapter;
+    without, every value starts at 0.
+    """
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Its schedule is the stage's."""
@@ -120,6 +124,12 @@ class CriticConfig(Config):
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
     resources: LearnerResources = LearnerResources()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "CriticConfig":
+        if self.stage and self.path:
+            raise ValueError(f"stage {self.stage!r} and path {self.path!r}: a critic starts from one reward model")
+        return self
 
 
 class OnlineStage(StageBase):
