@@ -144,6 +144,6 @@ RewardConfig = Annotated[TextReward | ModelReward, Field(discriminator="type")]
 class ScoringConfig(Config):
     """The reward role: how many scorers, and what a reward that fails means for its group."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: ElasticWorkers = ElasticWorkers()
     on_error: Literal["fail", "drop", "zero"] = "fail"
     resources: RoleResources = RoleResources(cpus=0.5)

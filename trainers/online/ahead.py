@@ -72,7 +72,7 @@ class Batch:
         """Of a full batch those that the update may learn from, in ledger order."""
         self.reference: dict[str, Any] = {}
         """The reference's calls on the samples of `groups`, where there is a reference."""
-        self.troubles: dict[str, Any] = {}
+        self.troubles: Any = None
         """The scorers' calls for their counters."""
         self._generate([*self._go_on(start.carried), *self._draw(source.stage.prompts_per_step)])
 

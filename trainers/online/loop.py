@@ -334,14 +334,14 @@ class OnlineLoop:
         return time.monotonic() - self._last_tick >= 0.5
 
     def _follow(self) -> None:
-        """Have as many workers as users ask for."""
+        """Have as many workers and scorers as users ask for."""
         if not self._begun:
             return
-        wanted = self._run.desired().get("rollout")
-        if wanted and wanted != self._pool.target:
-            before = self._pool.target
-            if self._pool.scale(wanted) != before:
-                self._run.event("scaled", before=before, after=self._pool.target)
+        desired = self._run.desired()
+        for role, crew in (("rollout", self._pool), ("reward", self._roles.scorers)):
+            wanted, before = desired.get(role), crew.target
+            if wanted and wanted != before and crew.scale(wanted) != before:
+                self._run.event("scaled", role=role, before=before, after=crew.target)
 
     def _say(self, step: int) -> None:
         """Write where the run is and what it waits for; before the first weights there is nothing but waits to tell."""
@@ -352,7 +352,7 @@ class OnlineLoop:
                 "step": step,
                 "steps": self._stage.steps,
                 "workers": {"rollout": self._pool.size} | self._roles.counts(),
-                "wanted": {"rollout": self._pool.target},
+                "wanted": {"rollout": self._pool.target, "reward": self._roles.scorers.target},
                 "generating": self._ahead.newest_step,
                 "groups": self._ahead.counts(),
                 "metrics": {k: v for k, v in self.last_metrics.items() if k in _HEADLINES},
@@ -364,7 +364,7 @@ class OnlineLoop:
 
         Scorers may have begun before the phase that waits for them.
         """
-        roles, workers = self._roles.waiting(), self._pool.waiting()
+        roles, workers = self._roles.waiting(), [*self._pool.waiting(), *self._roles.coming()]
         if self._now and not roles and all(wait.since < self._now.since for wait in workers):
             return [*workers, self._now]
         return [*roles, *workers]

@@ -300,6 +300,12 @@ class OnlineStage(StageBase):
     @model_validator(mode="after")
     def _roles_can_stand_so(self) -> "OnlineStage":
         refuse_wishes(self.roles)
+        low, high = self.scoring.workers.min, self.scoring.workers.max
+        if low != high and any(r.colocate_with or r.split_from for _, r in self.roles.values()):
+            raise ValueError(
+                f"scoring.workers {low} to {high}: where roles wish to stand together or apart, places are planned for "
+                f"a fixed number of scorers; write workers: {self.scoring.workers.start}, or leave the wishes out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -358,7 +364,7 @@ class OnlineStage(StageBase):
             "policy": (self.policy.ranks, self.policy),
             **({"critic": (self.critic.resources.ranks, self.critic.resources)} if self.critic else {}),
             **({"reference": (1, self.reference_role)} if self.reference_role else {}),
-            "reward": (self.scoring.workers, self.scoring.resources),
+            "reward": (self.scoring.workers.start, self.scoring.resources),
             "rollout": (self.rollout.workers.start, self.rollout.resources),
         }
 
