@@ -87,6 +87,11 @@ class Batch:
         return self.ledger.batch()
 
     @property
+    def carried(self) -> list[Group]:
+        """The groups that have come and are not: the next step goes on with them."""
+        return self.ledger.left()
+
+    @property
     def drawn(self) -> int:
         """How many prompts the step has drawn."""
         return self.ledger.size - len(self._start.carried)
@@ -98,7 +103,7 @@ class Batch:
         known = self.full if stage.dynamic_sampling else self.generated or not stage.partial_tokens
         if not known:
             return None
-        return Start(self._start.drawn + self.drawn, self.ledger.left())
+        return Start(self._start.drawn + self.drawn, self.carried)
 
     def advance(self) -> None:
         """Once all that was drawn is scored: draw more, or have the batch's samples seen by the reference."""

@@ -169,7 +169,7 @@ class OnlineLoop:
         self._ahead.trained()
         learned |= self._roles.scoring_troubles(batch.troubles, tick=self._look_after)
         self._record(batch, groups, learned)
-        self._progress = self._progress.after(batch.drawn, groups, self._stage, batch.ledger.left())
+        self._progress = self._progress.after(batch.drawn, groups, self._stage, batch.carried)
 
     def _sample(self, step: int) -> Batch:
         """The step's batch, generated and scored; it is on its way already, and those after it meanwhile."""
@@ -181,7 +181,7 @@ class OnlineLoop:
                 self._wait_until(lambda: batch.full or not batch.generated)
             if batch.full:
                 break
-        for worker, (start, end) in spans_by_worker([*batch.finished, *batch.ledger.left()]).items():
+        for worker, (start, end) in spans_by_worker([*batch.finished, *batch.carried]).items():
             self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
         return batch
 
@@ -236,7 +236,7 @@ class OnlineLoop:
         metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
         metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in finished))
         metrics["groups/drawn"] = float(batch.drawn)
-        metrics["groups/carried"] = float(len(batch.ledger.left()))
+        metrics["groups/carried"] = float(len(batch.carried))
         metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
         metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
         metrics["groups/error"] = float(len(finished) - len(sound))
