@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import Parcel, WeightVersion
+from raylign.rollout.places import Places
 from raylign.rollout.pool import RolloutPool
 from raylign.trainers.online.ahead import Prompt
 from raylign.trainers.online.loop import OnlineLoop
@@ -110,7 +111,14 @@ class Runner:
         stage = self._stage(0)
         spec = PolicySpec(base=folder, base_digest="base", adapter=None, stage=stage, seed=0, dtype="float32")
         self.roles = SleepingRoles(
-            "overlap/", spec, stage, samples=folder / "samples", wait_seconds=60, inbox=self.pool.inbox
+            "overlap/",
+            spec,
+            stage,
+            Places(),
+            samples=folder / "samples",
+            wait_seconds=60,
+            inbox=self.pool.inbox,
+            note=lambda *_, **__: None,
         )
         self.roles.update_seconds = update
 

@@ -84,9 +84,9 @@ def _print_one(facts: dict[str, Any]) -> None:
     from ..cluster.rundir import FINAL
 
     rows = [["status", facts["status"]], ["at", _place(facts)], ["workers", _workers(facts["workers"])]]
-    wanted = facts["wanted"].get("rollout")
-    if wanted is not None and facts["workers"] and wanted != facts["workers"].get("rollout"):
-        rows.append(["asked for", f"rollout {wanted}"])
+    other = {role: n for role, n in facts["wanted"].items() if n != facts["workers"].get(role)}
+    if other and facts["workers"]:
+        rows.append(["asked for", _workers(other)])
     if facts["dashboard"] and facts["status"] not in (*FINAL, "lost"):
         rows.append(["dashboard", facts["dashboard"]])
     rows += [["reason", facts["reason"]]] if facts["reason"] else []

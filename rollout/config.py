@@ -114,14 +114,19 @@ class MathReward(TextRewardBase):
     """Take what follows the last occurrence of this mark in that column (`####` for GSM8K)."""
 
 
-class ModelReward(RewardBase):
-    """The number that a reward model gives to prompt and completion, as it is: no scale, no bounds."""
+class RewardModelSource(Config):
+    """Where a reward model comes from: a stage, or a folder."""
 
-    type: Literal["model"] = "model"
     stage: str | None = None
     """A `reward_model` stage of this recipe that comes before."""
     path: str | None = None
     """A folder with a sequence-classification model of one label, on the policy's tokenizer."""
+
+
+class ModelReward(RewardBase, RewardModelSource):
+    """The number that a reward model gives to prompt and completion, as it is: no scale, no bounds."""
+
+    type: Literal["model"] = "model"
 
     @model_validator(mode="after")
     def _has_one_source(self) -> "ModelReward":
@@ -139,6 +144,6 @@ RewardConfig = Annotated[TextReward | ModelReward, Field(discriminator="type")]
 class ScoringConfig(Config):
     """The reward role: how many scorers, and what a reward that fails means for its group."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: ElasticWorkers = ElasticWorkers()
     on_error: Literal["fail", "drop", "zero"] = "fail"
     resources: RoleResources = RoleResources(cpus=0.5)

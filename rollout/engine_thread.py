@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -125,21 +125,25 @@ class EngineThread:
             listener(error)
 
 
-def collect(thread: EngineThread, request: GenerationRequest) -> "Future[list[Completion]]":
-    """Submit a request and gather its completions, in sample order, into a future."""
+def collect(thread: EngineThread, requests: Sequence[GenerationRequest]) -> "Future[list[Completion]]":
+    """Submit requests and gather their completions, in the order of requests and samples, into a future."""
     future: Future[list[Completion]] = Future()
-    events: list[list[TokenEvent]] = [[] for _ in range(request.n)]
-    running = set(range(request.n))
+    events: dict[tuple[str, int], list[TokenEvent]] = {(r.request_id, i): [] for r in requests for i in range(r.n)}
+    running = set(events)
 
     def listen(event: TokenEvent | RaylignError) -> None:
+        if future.done():  # another of the requests failed
+            return
         if isinstance(event, RaylignError):
             future.set_exception(event)
             return
-        events[event.index].append(event)
+        row = event.request_id, event.index
+        events[row].append(event)
         if event.finish_reason:
-            running.discard(event.index)
+            running.discard(row)
         if not running:
-            future.set_result([completion_of(row) for row in events])
+            future.set_result([completion_of(row) for row in events.values()])
 
-    thread.submit(request, listen)
+    for request in requests:
+        thread.submit(request, listen)
     return future

@@ -18,6 +18,8 @@ class GroupState(StrEnum):
     GENERATED = "generated"
     SCORED = "scored"
     TRAINED = "trained"
+    CARRIED = "carried"
+    """Done with in this step, and gone on with in the next."""
 
 
 _ORDER = tuple(GroupState)
@@ -31,6 +33,7 @@ class Ledger:
         self._state: dict[int, GroupState] = {}
         self._counts = dict.fromkeys(GroupState, 0)
         self._groups: dict[int, Group] = {}
+        self._carried: dict[int, Group] = {}
         self._runners: dict[int, list[str]] = {}
         """Group → the workers that have a copy of it; no entry where it is not running."""
         self.failures: dict[int, int] = {}
@@ -114,14 +117,23 @@ class Ledger:
         self._move(group.index, GroupState.GENERATED, GroupState.SCORED)
         self._groups[group.index] = group
 
+    def carried(self, group: Group) -> None:
+        """A group that came back is not finished: the next step goes on with it, and this one does without."""
+        self._move(group.index, GroupState.GENERATED, GroupState.CARRIED)
+        self._carried[group.index] = self._groups.pop(group.index)
+
     def trained(self) -> None:
-        """The update with all groups of this step is done."""
-        for index in self._state:
+        """The update with all groups of this step that are finished is done."""
+        for index in self._state.keys() - self._carried.keys():
             self._move(index, GroupState.SCORED, GroupState.TRAINED)
 
     def batch(self) -> list[Group]:
-        """The groups in their order in the step, never in order of arrival."""
+        """The groups that came back finished, in their order in the step, never in order of arrival."""
         return [self._groups[i] for i in sorted(self._groups)]
+
+    def left(self) -> list[Group]:
+        """The groups that the next step goes on with, in their order in this one."""
+        return [self._carried[i] for i in sorted(self._carried)]
 
     def _leave(self, index: int, worker: str) -> bool:
         self._runners[index].remove(worker)

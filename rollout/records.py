@@ -61,6 +61,8 @@ class GenerationRequest:
     n: int = 1
     adapter: str | None = None
     """Digest of a loaded adapter, or none for the base model."""
+    drawn: int = 0
+    """How many tokens at the prompt's end are the completion's own, drawn before: its random numbers follow theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +77,25 @@ class Completion:
     """`[T, n]`, where the request asked for `n` top log-probs."""
 
 
+class Span(NamedTuple):
+    """So many tokens of a completion that follow each other, and the weights that drew them."""
+
+    tokens: int
+    version: int
+    digest: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One scored completion of a prompt, with the weights that made it."""
+    """One completion of a prompt, with the weights that made it: `tokens` `[T]` int32 and, for each, the log-prob
+    `[T]` float32 under the distribution of the weights that drew it."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
+    """None while more is to be drawn."""
+    spans: tuple[Span, ...] = ()
+    """Which weights drew which tokens, in their order: several where it was carried from step to step."""
     text: str = ""
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
@@ -89,6 +103,14 @@ class Sample:
     """Log-probs `[T]` under the reference, where there is one."""
     values: np.ndarray | None = None
     """What the critic expects still to come at each token, `[T]`, where there is a critic."""
+
+
+class Origin(NamedTuple):
+    """Where a group was drawn, which its random numbers come from: the step, its place there, its row of the data."""
+
+    step: int
+    index: int
+    row: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +124,21 @@ class Group:
     row: dict[str, Any]
     answer: np.ndarray | None = None
     """The data's own completion `[T]` int32, where a stage learns from it."""
+    origin: Origin | None = None
+    """None for this step and this place."""
+    budget: int | None = None
+    """How many tokens each completion may get now; what is not finished then is carried to the next step."""
     samples: tuple[Sample, ...] = ()
     version: int = 0
+    """Of the weights that drew last."""
     digest: str = ""
     worker: str = ""
     start: float = 0.0
     """When its worker began it, seconds since the epoch."""
     seconds: float = 0.0
     error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether none of its completions is to get more tokens."""
+        return all(sample.finish_reason for sample in self.samples)

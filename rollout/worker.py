@@ -11,13 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..cluster.errors import RunFailed
 from ..cluster.weights import Piece, Tensors, WeightVersion, open_transport, tensors_of, version_digest
 from .config import RolloutConfig
 from .engine import Engine
 from .engine_thread import EngineThread, collect
 from .engines import ENGINES
-from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey
+from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,8 @@ class RolloutWorker:
         self._adapter: str | None = None
         self._lock = threading.Lock()
         """Between what begins, what is aborted and what the weights are."""
-        self._running: dict[int, tuple[str, Future[list[Completion]]]] = {}
+        self._running: dict[int, tuple[list[str], Future[list[Completion]]]] = {}
+        """Calls and the engine's requests for them."""
         self._aborted: set[int] = set()
         """Calls that were aborted before they began, or just as they ended."""
 
@@ -115,20 +118,21 @@ class RolloutWorker:
         self._adapter, self._weights = adapter, (weights.version, digest)
 
     def generate(self, group: Group, call: int) -> Group | None:
-        """Draw the group's completions; blocks until they are done, or None when the call was aborted.
+        """Draw the group's completions, or go on with those it has, each at most to the group's budget.
 
-        The group names the version it must come from; `call` is a number that no other call has.
+        Blocks until that is done; None when the call was aborted. The group names the version it must come from; `call`
+        is a number that no other call has.
         """
         start = time.time()
         with self._lock:
             self._require(group)
             if call in self._aborted:
                 return None
-            request = self._request(group, call)
-            completions = collect(self._engine, request)
-            self._running[call] = request.request_id, completions
+            requests = self._requests(group, call)
+            completions = collect(self._engine, requests)
+            self._running[call] = [request.request_id for request in requests], completions
         try:
-            samples = tuple(self._sample(c) for c in completions.result())
+            samples = self._continued(group, completions.result())
         except CancelledError:
             return None
         finally:
@@ -145,8 +149,9 @@ class RolloutWorker:
                 self._aborted.add(call)
 
     def _stop(self, call: int) -> None:
-        request_id, completions = self._running[call]
-        self._engine.abort(request_id)
+        request_ids, completions = self._running[call]
+        for request_id in request_ids:
+            self._engine.abort(request_id)
         self._engine.call(lambda _: completions.cancel())  # on the engine's thread, so not while it sets the result
 
     def _require(self, group: Group) -> None:
@@ -156,26 +161,59 @@ class RolloutWorker:
                 f"{group.version} ({group.digest[:12]})"
             )
 
-    def _request(self, group: Group, call: int) -> GenerationRequest:
-        return GenerationRequest(
+    def _requests(self, group: Group, call: int) -> list[GenerationRequest]:
+        """One for all completions that are to begin, one for each that goes on: its tokens are its prompt's end."""
+        step, index = (group.origin or (group.step, group.index))[:2]
+        whole = GenerationRequest(
             request_id=f"{group.step}/{group.index}/{call}",
             prompt=group.prompt,
-            sampling=self._spec.sampling(),
-            seed=SeedKey(self._spec.seed, group.step, group.index),
+            sampling=self._sampling(group, 0),
+            seed=SeedKey(self._spec.seed, step, index),
             n=self._spec.config.group_size,
             adapter=self._adapter,
         )
+        if not group.samples:
+            return [whole]
+        return [
+            replace(
+                whole,
+                request_id=f"{whole.request_id}/{i}",
+                prompt=np.concatenate([group.prompt, sample.tokens]),
+                sampling=self._sampling(group, len(sample.tokens)),
+                seed=whole.seed._replace(sample=i),
+                n=1,
+                drawn=len(sample.tokens),
+            )
+            for i, sample in enumerate(group.samples)
+            if not sample.finish_reason
+        ]
 
-    def _sample(self, completion: Completion) -> Sample:
-        return Sample(
-            tokens=completion.tokens,
-            logprobs=completion.logprobs,
-            finish_reason=completion.finish_reason,
-            text=self._tokenizer.decode(self._without_stop(completion), skip_special_tokens=True),
+    def _sampling(self, group: Group, drawn: int) -> Sampling:
+        sampling = self._spec.sampling()
+        left = sampling.max_tokens - drawn
+        return replace(sampling, max_tokens=min(left, group.budget or left))
+
+    def _continued(self, group: Group, completions: Sequence[Completion]) -> tuple[Sample, ...]:
+        """The group's completions, those that are not finished with what was drawn for them now."""
+        nothing = Sample(tokens=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32), finish_reason=None)
+        drawn = iter(completions)
+        return tuple(
+            sample if sample.finish_reason else self._sample(sample, next(drawn), group)
+            for sample in group.samples or (nothing,) * len(completions)
         )
 
-    def _without_stop(self, completion: Completion) -> list[int]:
-        tokens = completion.tokens.tolist()
+    def _sample(self, before: Sample, completion: Completion, group: Group) -> Sample:
+        tokens = np.concatenate([before.tokens, completion.tokens])
+        cut = completion.finish_reason == "length" and len(tokens) < self._spec.config.sampling.max_tokens
+        return Sample(
+            tokens=tokens,
+            logprobs=np.concatenate([before.logprobs, completion.logprobs]),
+            finish_reason=None if cut else completion.finish_reason,
+            spans=(*before.spans, Span(len(completion.tokens), group.version, group.digest)),
+            text=self._tokenizer.decode(self._without_stop(tokens.tolist()), skip_special_tokens=True),
+        )
+
+    def _without_stop(self, tokens: list[int]) -> list[int]:
         return tokens[:-1] if tokens and tokens[-1] in self._spec.stop_token_ids else tokens
 
 

@@ -142,7 +142,7 @@ def nodes_come_and_go(folder: Path) -> dict[str, Any]:
         until("its worker is missed", running, lambda: bool(run.events("worker_lost")))
         hold.touch()
         run.desire(rollout=2)
-        until("two are asked for", running, lambda: run.status()["wanted"] == {"rollout": 2})
+        until("two are asked for", running, lambda: run.status()["wanted"] == {"rollout": 2, "reward": 1})
         hold.unlink()
         spread = running.end()
         return {"alone": alone, "spread": spread, "actors": actors, "lost": lost, "events": run.events()}

@@ -58,6 +58,29 @@ def open_reward_model(base: Path, lora: LoraConfig | None, *, seed: int) -> "Pre
     return _new_adapter(model, lora, seed, task="SEQ_CLS") if lora else model
 
 
+def open_scorer(folder: Path, lora: LoraConfig | None, *, seed: int, dtype: str) -> tuple["PreTrainedModel", "Tensor"]:
+    """A reward model's body, trainable as in `open_model`, and the weights `[D]` of its head of one number.
+
+    The body stands under a vocabulary's head, which is nothing but there. Raises `InputError` where the folder has no
+    head of a sequence classifier.
+    """
+    from safetensors import safe_open
+
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found += [file.get_tensor(name) for name in file.keys() if name == "score.weight"]  # noqa: SIM118
+    if not found:
+        raise InputError(f"{folder} is not a reward model: it has no weights score.weight")
+    return open_model(folder, None, lora, seed=seed, dtype=dtype), found[0][0].float()
+
+
+def lora_like(adapter: Path) -> LoraConfig:
+    """What a new adapter is, that is to be as large as one in a folder."""
+    _, config = load_adapter(adapter)
+    return LoraConfig(r=config["r"], alpha=config["lora_alpha"], targets=config["target_modules"])
+
+
 def open_base(base: Path, *, dtype: str = "float32", quantize: str | None = None) -> "PreTrainedModel":
     """The model of a folder, weights from safetensors only, perhaps quantised as `LoraConfig` says.
 

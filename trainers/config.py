@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..cluster.config import ClusterConfig, Config, ControllerConfig, Name
-from ..rollout.config import ModelReward, TextRewardConfig
+from ..rollout.config import ModelReward, RewardModelSource, TextRewardConfig
 from ..serve.config import ServeConfig
 from .stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
 
@@ -103,7 +103,7 @@ class RunConfig(Config):
         paths = [self.model.path, *(s.data.path for s in self.stages)]
         paths += [self.evaluation.data.path] if self.evaluation else []
         paths += [s.held_out.path for s in self.stages if isinstance(s, RewardModelStage) and s.held_out]
-        paths += [reward.path or "" for _, _, reward in self._model_rewards()]
+        paths += [source.path or "" for _, _, source in self._reward_models()]
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
         for index, stage in enumerate(self.stages[1:], 1):
@@ -115,28 +115,32 @@ class RunConfig(Config):
                 )
         return self
 
-    def _model_rewards(self) -> Iterator[tuple[int, int, ModelReward]]:
-        """The rewards that are models, with the places of their stage and of themselves."""
+    def _reward_models(self) -> Iterator[tuple[int, str, RewardModelSource]]:
+        """What is made of reward models, rewards and critics: the index of the stage, the key, and the model."""
         for index, stage in enumerate(self.stages):
-            for place, reward in enumerate(stage.rewards if isinstance(stage, OnlineStage) else ()):
+            if not isinstance(stage, OnlineStage):
+                continue
+            for place, reward in enumerate(stage.rewards):
                 if isinstance(reward, ModelReward):
-                    yield index, place, reward
+                    yield index, f"stages.{index}.rewards.{place}", reward
+            if stage.critic:
+                yield index, f"stages.{index}.critic", stage.critic
 
     @model_validator(mode="after")
     def _reward_models_come_first(self) -> "RunConfig":
         made = {stage_name(s): i for i, s in enumerate(self.stages) if isinstance(s, RewardModelStage)}
         others = {stage_name(s): s.type for s in self.stages if not isinstance(s, RewardModelStage)}
-        for index, place, reward in self._model_rewards():
-            if reward.stage is None or made.get(reward.stage, index) < index:
+        for index, key, source in self._reward_models():
+            if source.stage is None or made.get(source.stage, index) < index:
                 continue
-            where = f"stages.{index}.rewards.{place}.stage {reward.stage!r}"
+            where = f"{key}.stage {source.stage!r}"
             before = [name for name, i in made.items() if i < index]
             mend = f"there is {', '.join(before)}" if before else "add a reward_model stage before this one"
-            if reward.stage in made:
+            if source.stage in made:
                 raise ValueError(f"{where}: that stage comes after stages.{index}: put it before")
-            if reward.stage in others:
-                raise ValueError(f"{where} is of type {others[reward.stage]}, which makes no reward model: {mend}")
-            near = get_close_matches(reward.stage, before, n=1)
+            if source.stage in others:
+                raise ValueError(f"{where} is of type {others[source.stage]}, which makes no reward model: {mend}")
+            near = get_close_matches(source.stage, before, n=1)
             raise ValueError(f"{where}: there is no such stage: {f'did you mean {near[0]!r}?' if near else mend}")
         return self
 

@@ -16,7 +16,7 @@ from ..cluster.errors import InputError
 from ..cluster.planning import Demand, Offer, plan
 from ..cluster.rundir import RunDir, read_json, write_atomically
 from ..cluster.weights import base_digest
-from ..rollout.config import ModelReward, RewardConfig
+from ..rollout.config import ModelReward, RewardConfig, RewardModelSource
 from ..rollout.rewards.functions import reward_name
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs
@@ -215,18 +215,22 @@ def _run_stages(config: RunConfig, run: RunDir, inputs: Inputs, tracker: Tracker
 
 
 def _with_reward_models(stage: StageConfig, done: Sequence[Finished], run: RunDir) -> StageConfig:
-    """An online stage whose reward models are folders, under the names they have in the recipe."""
+    """An online stage whose reward models, that of its critic too, are folders, under the names of the recipe."""
     if not isinstance(stage, OnlineStage):
         return stage
     made = {d.name: d.reward_model for d in done}
 
+    def folder(source: RewardModelSource) -> dict[str, str | None]:
+        path = str(resolve_prepared(source.path, run.path)) if source.path else None
+        return {"stage": None, "path": made[source.stage] if source.stage else path}
+
     def located(reward: RewardConfig) -> RewardConfig:
         if not isinstance(reward, ModelReward):
             return reward
-        path = made[reward.stage] if reward.stage else str(resolve_prepared(reward.path or "", run.path))
-        return reward.model_copy(update={"name": reward_name(reward), "stage": None, "path": path})
+        return reward.model_copy(update={"name": reward_name(reward), **folder(reward)})
 
-    return stage.model_copy(update={"rewards": [located(reward) for reward in stage.rewards]})
+    critic = stage.critic and stage.critic.model_copy(update=folder(stage.critic))
+    return stage.model_copy(update={"rewards": [located(reward) for reward in stage.rewards], "critic": critic})
 
 
 def _run_stage(

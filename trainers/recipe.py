@@ -159,6 +159,8 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):
             section["rollout"]["python"] = _executable(python, root)
+        if (section.get("critic") or {}).get("path"):
+            section["critic"]["path"] = _absolute(section["critic"]["path"], root)
         for reward in section.get("rewards", ()):
             if reward["type"] == "function":
                 reward["path"] = _code_path(reward["path"], root)

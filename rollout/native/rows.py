@@ -33,7 +33,7 @@ def fresh_state(request: GenerationRequest, index: int, adapter: int) -> np.ndar
     sampling, seed = request.sampling, request.seed
     state = np.zeros((), STATE)
     state["position"], state["adapter"] = len(request.prompt), adapter
-    state["key"] = stream_key(seed._replace(sample=seed.sample + index))
+    state["key"], state["drawn"] = stream_key(seed._replace(sample=seed.sample + index)), request.drawn
     for name in ("temperature", "top_p", "top_k", "min_p", "top_logprobs"):
         state[name] = getattr(sampling, name)
     return state

@@ -32,6 +32,17 @@ def check_reward_model(folder: Path, policy: Path, tokenizer: Any, where: str) -
     _check_tokenizer(folder, tokenizer, where)
 
 
+def check_same_body(folder: Path, policy: Path, where: str) -> None:
+    """Raise `InputError` where a reward model's layers are others than the policy's, for which memory is planned."""
+    theirs, ours = (_of_text(json.loads((f / "config.json").read_text())) for f in (folder, policy))
+    for key in ("model_type", "num_hidden_layers", "hidden_size"):
+        if theirs.get(key) != ours.get(key):
+            raise InputError(
+                f"{where}: {folder} has {key} {theirs.get(key)} and the policy {ours.get(key)}: a critic starts from a "
+                "reward model of the policy's size; take one, or leave it out"
+            )
+
+
 _MEND = "take a reward model trained on the policy's tokenizer, such as a reward_model stage makes"
 
 

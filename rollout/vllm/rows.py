@@ -10,7 +10,7 @@ import numpy as np
 
 from ...cluster.errors import InputError
 from ..engine import TokenEvent
-from ..native.sampling import stream_key
+from ..native.sampling import random_bits, stream_key
 from ..native.stop_strings import StopStrings
 from ..records import FinishReason, GenerationRequest, TopLogprobs
 
@@ -76,7 +76,6 @@ def sampling_params(request: GenerationRequest, index: int) -> Any:
             f"request {request.request_id!r}: vLLM draws at temperatures from {LEAST_TEMPERATURE} on (or 0, greedy), "
             f"not at {sampling.temperature}"
         )
-    key = stream_key(request.seed._replace(sample=request.seed.sample + index))
     try:
         return SamplingParams(
             temperature=sampling.temperature,
@@ -86,10 +85,18 @@ def sampling_params(request: GenerationRequest, index: int) -> Any:
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=sampling.top_logprobs,
-            seed=key >> 1,
+            seed=_seed(request, index),
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
     except VLLMValidationError as error:
         raise InputError(f"request {request.request_id!r}: vLLM refuses its sampling: {error}") from None
+
+
+def _seed(request: GenerationRequest, index: int) -> int:
+    """A row that goes on gets another generator than the one that drew what it has."""
+    key = stream_key(request.seed._replace(sample=request.seed.sample + index))
+    if request.drawn:
+        key = int(random_bits(np.array([key], np.uint64), np.array([request.drawn], np.uint64))[0])
+    return key >> 1

@@ -211,7 +211,10 @@ def test_scale_stays_in_the_recipes_bounds(raylign: Command, run: RunDir) -> Non
     ended = raylign("scale", "small", "--rollout", "9")
     assert ended.code == 2
     assert "--rollout 9 is outside the recipe's rollout.workers: min 1, max 4" in ended.said
-    assert "rollout" not in run.desired()
+    ended = raylign("scale", "small", "--rollout", "2", "--reward", "2")
+    assert ended.code == 2
+    assert "--reward 2 is outside the recipe's scoring.workers: min 1, max 1" in ended.said
+    assert run.desired().keys().isdisjoint(("rollout", "reward"))
 
 
 # ---- usage

@@ -30,7 +30,23 @@ def test_a_step_from_pending_to_trained() -> None:
     for g in ledger.batch():
         ledger.scored(g)
     ledger.trained()
-    assert ledger.counts() == {"pending": 0, "running": 0, "generated": 0, "scored": 0, "trained": 2}
+    assert ledger.counts() == {"pending": 0, "running": 0, "generated": 0, "scored": 0, "trained": 2, "carried": 0}
+
+
+def test_a_group_that_is_carried_is_done_with_in_its_step_and_not_trained() -> None:
+    ledger = Ledger(4, 2, 7, "d7")
+    for index in (0, 1):
+        ledger.dispatch(index, "a")
+        assert ledger.generated(group(index))
+    ledger.carried(group(0))
+    assert [[g.index for g in groups] for groups in (ledger.batch(), ledger.left())] == [[1], [0]]
+    assert not ledger.complete(GroupState.SCORED)
+    ledger.scored(group(1))
+    assert ledger.complete(GroupState.SCORED)
+    with pytest.raises(RunFailed, match="step 4, group 0: cannot become scored from carried"):
+        ledger.scored(group(0))
+    ledger.trained()
+    assert {state: n for state, n in ledger.counts().items() if n} == {"trained": 1, "carried": 1}
 
 
 def test_a_lost_worker_gives_back_only_what_it_had_not_finished() -> None:

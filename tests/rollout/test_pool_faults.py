@@ -141,6 +141,7 @@ def test_steps_of_several_versions_are_under_way_at_once_and_a_death_brings_olde
     newer = trio.begin(9, 4)
     trio.until("the others go over", lambda: len(newer.came) == 4)
     assert sorted(older.ledger.counts().items()) == [
+        ("carried", 0),
         ("generated", 4),
         ("pending", 0),
         ("running", 2),

@@ -1,5 +1,6 @@
 """A rollout worker without Ray: which weights it takes, and which groups it generates."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ from raylign.cluster.config import RoleResources
 from raylign.cluster.errors import RunFailed
 from raylign.cluster.weights import Parcel, WeightVersion, adapter_digest, joined, version_digest
 from raylign.rollout.config import RolloutConfig, SamplingConfig
-from raylign.rollout.records import Group
+from raylign.rollout.records import Completion, GenerationRequest, Group, Origin, Sampling, SeedKey, Span
 from raylign.rollout.worker import RolloutWorker, WorkerSpec
 from raylign.trainers.adapters import export_weights, open_base
 
 from .models import make_adapter
+from .reference import Reference
 
 
 @pytest.fixture
@@ -112,6 +114,59 @@ def test_a_call_that_is_aborted_gives_nothing_and_new_weights_abort_what_still_r
         assert loading.result(timeout=60) == digests[1]
         assert late.result(timeout=60) is None
     assert worker.generate(replace(groups[0], version=2, digest=digests[1]), 9) is not None
+
+
+def test_a_completion_goes_on_under_newer_weights_where_it_was_cut(
+    worker: RolloutWorker, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Cut twice under the same weights it is what it is uncut, bit for bit, and under newer ones every token has the
+    log-prob of a plain forward of the weights that drew it."""
+    folders = [tmp_path / "older", tmp_path / "newer"]
+    adapters = [make_adapter(tiny_model, folder, seed=i) for i, folder in enumerate(folders)]
+    digests = [adapter_digest(*adapter, "base") for adapter in adapters]
+
+    def load(version: int) -> None:
+        (tensors, config), digest = adapters[version], digests[version]
+        worker.set_weights(WeightVersion(version, digest, Parcel(()), config, "base"), joined(tensors))
+
+    def turn(group: Group, version: int, budget: int | None = 2) -> Group:
+        made = worker.generate(replace(group, version=version, digest=digests[version], budget=budget), next(calls))
+        assert made is not None
+        return made
+
+    calls = itertools.count()
+    drawn = Group(step=4, index=1, prompt=np.array([5, 6], np.int32), row={})
+    load(0)
+    uncut, first = turn(drawn, 0, None), turn(drawn, 0)
+    assert any(s.finish_reason == "length" for s in uncut.samples)
+    assert not first.finished
+    assert max(len(s.tokens) for s in first.samples) == 2
+    on = replace(first, step=6, index=0, origin=Origin(4, 1, row=8))  # as a later step goes on with it
+    whole = turn(turn(on, 0), 0)
+    assert whole.finished
+    for cut, sample in zip(whole.samples, uncut.samples, strict=True):
+        assert (cut.tokens.tolist(), cut.logprobs.tolist()) == (sample.tokens.tolist(), sample.logprobs.tolist())
+        assert (cut.text, cut.finish_reason) == (sample.text, sample.finish_reason)
+        assert sample.spans == (Span(len(sample.tokens), 0, digests[0]),)
+
+    load(1)
+    mixed = turn(on, 1, None)
+    reference = Reference(tiny_model, dict(zip(digests, folders, strict=True)))
+    for before, sample in zip(first.samples, mixed.samples, strict=True):
+        assert sample.tokens[: len(before.tokens)].tolist() == before.tokens.tolist()
+        assert sum(span.tokens for span in sample.spans) == len(sample.tokens)
+        begin = 0
+        for span in sample.spans:
+            seen = np.concatenate([drawn.prompt, sample.tokens[:begin]])
+            part = slice(begin, begin + span.tokens)
+            request = GenerationRequest(
+                request_id="r", prompt=seen, sampling=Sampling(), seed=SeedKey(0, 0, 0), adapter=span.digest
+            )
+            piece = Completion(tokens=sample.tokens[part], logprobs=sample.logprobs[part], finish_reason="stop")
+            assert piece.logprobs == pytest.approx(reference.logprobs(request, piece), abs=1e-4)
+            begin += span.tokens
+    assert [span.version for span in mixed.samples[0].spans] == [0, 1]
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(mixed.samples, uncut.samples, strict=True))
 
 
 @pytest.mark.parametrize(("exact", "threads"), [(True, 1), (False, 2)])

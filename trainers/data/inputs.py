@@ -12,7 +12,7 @@ from ...rollout.chat import encode_prompt
 from ...rollout.config import MathReward, ModelReward, RewardConfig
 from ...rollout.interpreter import check_interpreter
 from ...rollout.rewards.functions import check_names
-from ...rollout.rewards.model_folder import check_reward_model
+from ...rollout.rewards.model_folder import check_reward_model, check_same_body
 from ...rollout.rewards.process import BoundedReward
 from ...serve.config import ServeConfig
 from ..adapters import check_adapter
@@ -50,6 +50,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
     _check_adapter(config, model)
     _check_rewards(config, run, model, tokenizer)
+    _check_critics(config, run, model, tokenizer)
     _check_interpreters(config)
     stages = []
     for stage in config.stages:
@@ -167,6 +168,15 @@ def _check_rewards(config: RunConfig, run: Path, model: Path, tokenizer: Tokeniz
                 continue
             with BoundedReward(reward, Path("/")) as bounded:
                 bounded.wait_ready()
+
+
+def _check_critics(config: RunConfig, run: Path, model: Path, tokenizer: Tokenizer) -> None:
+    """The reward models that critics start from, where they are there already."""
+    for index, stage in enumerate(config.stages):
+        if isinstance(stage, OnlineStage) and stage.critic and stage.critic.path:
+            folder, where = resolve_prepared(stage.critic.path, run), f"stages.{index}.critic.path"
+            check_reward_model(folder, model, tokenizer, where)
+            check_same_body(folder, model, where)
 
 
 def _check_interpreters(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ Shapes: as in `scoring_model.py`; D the model's width.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +19,13 @@ class Critic:
     """The policy's model as it stood when the stage began, with a linear head on the last hidden state instead of the
     vocabulary's. What trains besides the head is what trains of the policy: an adapter, or all weights.
 
-    The head begins at 0, so that before the first update every value is 0 and advantages are those of the rewards.
+    The head begins at 0, so that before the first update every value is 0 and advantages are those of the rewards. Or
+    the critic begins as a reward model, and the value before a token is the score of the text so far.
     """
 
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
         import torch
 
-        from ..adapters import open_model
         from .learner import Learner
         from .ranks import Ranks
         from .scoring_model import packing_for, without_peft
@@ -34,10 +35,12 @@ class Critic:
         self._stage, self._config = spec.stage, spec.stage.critic
         torch.set_num_threads(max(1, int(self._config.resources.cpus)))
         self._ranks = Ranks(device_of(self._config.resources.gpus), seat)
-        model = open_model(spec.base, spec.adapter, spec.stage.adapter, seed=spec.seed, dtype=spec.dtype).eval()
+        model, head_D = _opened(spec)
+        whole = without_peft(model.eval())
         self._packing = packing_for(model, spec.stage.micro_batch_tokens)
-        whole = without_peft(model)
         valuer = Valuer(whole.base_model, whole.config.get_text_config().hidden_size)
+        if head_D is not None:
+            valuer.head.weight.data[0] = head_D
         self._model = self._ranks.spread(valuer, self._config.resources)
         parameters = dict(self._model.named_parameters())
         rate = self._config.learning_rate
@@ -97,6 +100,20 @@ class Critic:
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote. Raises `RunFailed` when it is of another set of weights."""
         self._learner.load(folder)
+
+
+def _opened(spec: PolicySpec) -> tuple[Any, Any]:
+    """The model that the critic is made of and the weights `[D]` of its head, or none for zeros.
+
+    A reward model's body has no part of the policy's adapter: it gets a new one of that size.
+    """
+    from ..adapters import lora_like, open_model, open_scorer
+
+    own, critic = spec.stage.adapter, spec.stage.critic
+    if critic is None or critic.path is None:
+        return open_model(spec.base, spec.adapter, own, seed=spec.seed, dtype=spec.dtype), None
+    lora = lora_like(spec.adapter).model_copy(update={"quantize": own and own.quantize}) if spec.adapter else own
+    return open_scorer(Path(critic.path), lora, seed=spec.seed, dtype=spec.dtype)
 
 
 class CriticActor:

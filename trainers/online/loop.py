@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from ...rollout.pool import RolloutPool
 from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
 from ..stages import OnlineStage
-from .ahead import Ahead, Batch, Prompt, Source
+from .ahead import Ahead, Batch, Prompt, Source, Start
 from .batch import TrainSample
+from .carried import keep_carried, kept_carried
 from .checkpoints import Checkpoints
 from .experience import annotated, every_sample, has_variance, shaped, train_samples
 from .metrics import kl_metrics, rollout_metrics, spans_by_worker, version_metrics
@@ -59,7 +59,7 @@ class OnlineLoop:
     ) -> None:
         self._stage, self._name = stage, name
         self._roles, self._pool, self._run = roles, pool, run
-        self._on_metrics = on_metrics
+        self._on_metrics, self._prompts = on_metrics, prompts
         self._kept = Checkpoints(checkpoints, stage, {"seed": seed, "rows": len(prompts), "stage": name})
         self._weights = WeightStore(staleness=stage.staleness, exact=stage.rollout.is_exact)
         source = Source(stage=stage, prompts=prompts, seed=seed, pool=pool, roles=roles)
@@ -131,7 +131,7 @@ class OnlineLoop:
             self._pool.set_weights(self._weights.current)
         else:
             self._pool.start(self._weights.current, tick=self._tick)
-        self._ahead.begin(self.step, self._progress.drawn)
+        self._ahead.begin(self.step, Start(self._progress.drawn, self._progress.carried))
         while self.step < self._stage.steps:
             stop_if_asked(self._run)
             self._follow()
@@ -162,14 +162,14 @@ class OnlineLoop:
 
     def _train_step(self, step: int) -> None:
         batch = self._sample(step)
-        drawn, groups = batch.drawn, self._reference(batch)
+        groups = self._reference(batch)
         samples = self._advantage(self._values(groups))
         learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ahead.trained()
         learned |= self._roles.scoring_troubles(batch.troubles, tick=self._look_after)
-        self._record(step, drawn, groups, learned)
-        self._progress = self._progress.after(len(drawn), groups, self._stage)
+        self._record(batch, groups, learned)
+        self._progress = self._progress.after(batch.drawn, groups, self._stage, batch.carried)
 
     def _sample(self, step: int) -> Batch:
         """The step's batch, generated and scored; it is on its way already, and those after it meanwhile."""
@@ -181,7 +181,7 @@ class OnlineLoop:
                 self._wait_until(lambda: batch.full or not batch.generated)
             if batch.full:
                 break
-        for worker, (start, end) in spans_by_worker(batch.drawn).items():
+        for worker, (start, end) in spans_by_worker([*batch.finished, *batch.carried]).items():
             self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
         return batch
 
@@ -227,17 +227,19 @@ class OnlineLoop:
             self._pool.set_weights(published)
             self._ahead.advance()
 
-    def _record(self, step: int, drawn: list[Group], groups: list[Group], learned: dict[str, float]) -> None:
-        seconds = sum(self._phases.values())
-        scored = shaped(drawn, self._stage)
+    def _record(self, batch: Batch, groups: list[Group], learned: dict[str, float]) -> None:
+        """Write what the step was like; `groups` are those it learned from."""
+        step, finished, seconds = batch.ledger.step, batch.finished, sum(self._phases.values())
+        scored = shaped(finished, self._stage)
         sound = [g for g in scored if not g.error]
-        metrics = (rollout_metrics(sound) if sound else {}) | version_metrics(drawn)
+        metrics = (rollout_metrics(sound) if sound else {}) | version_metrics(finished)
         metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
-        metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in drawn))
-        metrics["groups/drawn"] = float(len(drawn))
+        metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in finished))
+        metrics["groups/drawn"] = float(batch.drawn)
+        metrics["groups/carried"] = float(len(batch.carried))
         metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
         metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
-        metrics["groups/error"] = float(len(drawn) - len(sound))
+        metrics["groups/error"] = float(len(finished) - len(sound))
         metrics["version"] = float(self._weights.current.version)
         metrics["workers/rollout"] = float(self._pool.size)
         low, high = self.workers_seen
@@ -256,8 +258,9 @@ class OnlineLoop:
         for name in broken:
             self._run.event("checkpoint_refused", checkpoint=name, reason="its files do not match its manifest")
         self.step = checkpoint.step if checkpoint else 0
-        self._progress = Progress.of(checkpoint) if checkpoint else Progress.at_start(self._stage)
+        self._progress = Progress.at_start(self._stage)
         if checkpoint:
+            self._progress = Progress.of(checkpoint, kept_carried(checkpoint.path, self._prompts))
             self._roles.load(checkpoint.path, tick=self._tick)
         published = self._roles.publish(self.step, (), tick=self._tick)
         before = []
@@ -277,10 +280,14 @@ class OnlineLoop:
             return
         self._finish_checkpoint(wait=True)
         current = self._weights.current
-        state = {"version": current.version, "digest": current.digest, "progress": asdict(self._progress)}
-        save = partial(self._roles.save, before=self._weights.before(), tick=self._look_after)
+        state = {"version": current.version, "digest": current.digest, "progress": self._progress.numbers}
         with self._phase("checkpoint"):
-            self._kept.begin(self.step, state, save)
+            self._kept.begin(self.step, state, self._save)
+
+    def _save(self, folder: Path) -> None:
+        """Have all that a step depends on written into the folder of a checkpoint."""
+        keep_carried(folder, self._progress.carried)
+        self._roles.save(folder, self._weights.before(), tick=self._look_after)
 
     def _finish_checkpoint(self, *, wait: bool = False) -> None:
         """Finish the checkpoint under way, if those who learn have written it; `wait` for them."""
@@ -327,14 +334,14 @@ class OnlineLoop:
         return time.monotonic() - self._last_tick >= 0.5
 
     def _follow(self) -> None:
-        """Have as many workers as users ask for."""
+        """Have as many workers and scorers as users ask for."""
         if not self._begun:
             return
-        wanted = self._run.desired().get("rollout")
-        if wanted and wanted != self._pool.target:
-            before = self._pool.target
-            if self._pool.scale(wanted) != before:
-                self._run.event("scaled", before=before, after=self._pool.target)
+        desired = self._run.desired()
+        for role, crew in (("rollout", self._pool), ("reward", self._roles.scorers)):
+            wanted, before = desired.get(role), crew.target
+            if wanted and wanted != before and crew.scale(wanted) != before:
+                self._run.event("scaled", role=role, before=before, after=crew.target)
 
     def _say(self, step: int) -> None:
         """Write where the run is and what it waits for; before the first weights there is nothing but waits to tell."""
@@ -345,7 +352,7 @@ class OnlineLoop:
                 "step": step,
                 "steps": self._stage.steps,
                 "workers": {"rollout": self._pool.size} | self._roles.counts(),
-                "wanted": {"rollout": self._pool.target},
+                "wanted": {"rollout": self._pool.target, "reward": self._roles.scorers.target},
                 "generating": self._ahead.newest_step,
                 "groups": self._ahead.counts(),
                 "metrics": {k: v for k, v in self.last_metrics.items() if k in _HEADLINES},
@@ -357,7 +364,7 @@ class OnlineLoop:
 
         Scorers may have begun before the phase that waits for them.
         """
-        roles, workers = self._roles.waiting(), self._pool.waiting()
+        roles, workers = self._roles.waiting(), [*self._pool.waiting(), *self._roles.coming()]
         if self._now and not roles and all(wait.since < self._now.since for wait in workers):
             return [*workers, self._now]
         return [*roles, *workers]

@@ -28,13 +28,18 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def version_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Which weight versions made the samples, and how many steps behind the update they were."""
-    versions = [g.version for g in groups for _ in g.samples]
-    behind = [g.step - g.version for g in groups for _ in g.samples]
+    """Which weight versions made the samples, how many steps behind the update they were in the mean over tokens, and
+    which share of the samples was carried from step to step; empty without samples."""
+    samples = [s for g in groups for s in g.samples]
+    spans = [(g.step, span) for g in groups for s in g.samples for span in s.spans]
+    if not spans:
+        return {}
+    tokens = [span.tokens for _, span in spans]
     return {
-        "version/min": float(min(versions)),
-        "version/max": float(max(versions)),
-        "staleness/mean": float(np.mean(behind)),
+        "version/min": float(min(span.version for _, span in spans)),
+        "version/max": float(max(span.version for _, span in spans)),
+        "staleness/mean": float(np.average([step - span.version for step, span in spans], weights=tokens)),
+        "carried": float(np.mean([len(s.spans) > 1 for s in samples])),
     }
 
 

@@ -19,28 +19,38 @@ class Progress:
     drawn: int = 0
     """Prompts drawn so far: with dynamic sampling, steps draw unlike numbers."""
     kl_coefficient: float = 0.0
+    carried: tuple[Group, ...] = ()
+    """Groups whose completions the next step goes on with."""
 
     @classmethod
     def at_start(cls, stage: OnlineStage) -> "Progress":
         """Before the first step."""
         return cls(kl_coefficient=stage.kl.coefficient if stage.kl else 0.0)
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """What a checkpoint's state has of it; the carried groups are a file of their own."""
+        return {"drawn": self.drawn, "kl_coefficient": self.kl_coefficient}
+
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Progress":
-        """As a checkpoint has it. Raises `RunFailed` for one of before there was any."""
+    def of(cls, checkpoint: Checkpoint, carried: Sequence[Group] = ()) -> "Progress":
+        """As a checkpoint has it, with the groups it carries. Raises `RunFailed` for one of before there was any."""
         if "progress" not in checkpoint.state:
             raise RunFailed(
                 f"checkpoint {checkpoint.path} does not say how many prompts were drawn: an older raylign wrote it; "
                 "begin another run with --name"
             )
-        return cls(**checkpoint.state["progress"])
+        return cls(**checkpoint.state["progress"], carried=tuple(carried))
 
-    def after(self, drawn: int, groups: Sequence[Group], stage: OnlineStage) -> "Progress":
-        """After a step that drew so many prompts and trained on these groups, with the reference's log-probs."""
+    def after(
+        self, drawn: int, groups: Sequence[Group], stage: OnlineStage, carried: Sequence[Group] = ()
+    ) -> "Progress":
+        """After a step that drew so many prompts, trained on these groups, with the reference's log-probs, and left
+        others to the next."""
         coefficient = self.kl_coefficient
         if stage.kl and stage.kl.adaptive and (measured := completion_kl(groups)) is not None:
             coefficient = adapted(coefficient, measured, stage.batch_size, stage.kl.adaptive)
-        return Progress(drawn=self.drawn + drawn, kl_coefficient=coefficient)
+        return Progress(drawn=self.drawn + drawn, kl_coefficient=coefficient, carried=tuple(carried))
 
 
 def adapted(coefficient: float, measured: float, samples: int, rule: AdaptiveKl) -> float:

@@ -14,10 +14,11 @@ from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
 from ...cluster.errors import DoesNotFit, WorkerFailed, WorkerLost
-from ...cluster.placement import free_offers, node_of, place, release
+from ...cluster.placement import free_offers, node_of, place, release, reserve
 from ...cluster.planning import Offer, amount
 from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
+from ...rollout.fleet import Note
 from ...rollout.inbox import Inbox
 from ...rollout.places import Places
 from ...rollout.records import Group
@@ -27,6 +28,7 @@ from .checkpoints import Written
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
+from .scorers import Coming, Scorers
 from .scoring import Scoring, Then
 
 LOAD_SECONDS = 1800.0
@@ -66,6 +68,7 @@ class Roles:
         samples: Path,
         wait_seconds: float,
         inbox: Inbox,
+        note: Note,
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
         self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
@@ -74,7 +77,7 @@ class Roles:
         self._actors: dict[str, Any] = {}
         self._inbox = inbox
         self._scoring = Scoring(inbox, self._timeout)
-        self._scorers: list[str] = []
+        self.scorers = Scorers(stage.scoring.workers, self, self._scoring, inbox, note)
         self._nodes: dict[str, str] = {}
         self._waits: list[Wait] = []
         self._meetings: dict[str, Any] = {}
@@ -89,6 +92,10 @@ class Roles:
     def waiting(self) -> list[Wait]:
         """What is waited for from an actor now."""
         return [*self._waits, *self._scoring.waiting(self._prefix)]
+
+    def coming(self) -> list[Wait]:
+        """Scorers that were asked for while the run goes on and are not up yet."""
+        return self.scorers.waiting(self._prefix)
 
     @contextmanager
     def _waiting(self, what: str, *names: str) -> Iterator[None]:
@@ -110,9 +117,7 @@ class Roles:
         place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
         raised.
         """
-        from ...rollout.rewards.scorer import Scorer
-
-        stage = self._stage
+        stage, self.scorers.steady = self._stage, False
         stateless = {} if self._places.wished else _STATELESS  # Ray would bind one whose node died to it for ever
         self._settle(tick)
         new = self._begin_group("policy", PolicyActor, stage.policy, tick)
@@ -120,17 +125,39 @@ class Roles:
             self._begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **stateless)
         if stage.critic:
             self._begin_group("critic", CriticActor, stage.critic.resources, tick)
-        for i in range(stage.scoring.workers):
-            device = "cuda" if stage.scoring.resources.gpus else "cpu"
-            given = (list(stage.rewards), Path("/"), stage.scoring.on_error, device)
-            name = f"reward-{i}"
-            if self._begin(name, Scorer, stage.scoring.resources, given, tick, **stateless):
-                self._scoring.join(name, self._actors[name], self._nodes.get(name, ""))
-        self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
+        for name in self.scorers.missing():
+            self._begin(name, *self._scorer(), tick, **stateless)
+            self.scorers.join(name, self._actors[name], self._nodes.get(name, ""))
         others = [[name] for name in self._actors if name not in self.learners()]
         for names in [*self._groups(), *others]:
             self._answers(names, "its start", tick, self._call(names, "__ray_ready__"), timeout=LOAD_SECONDS)
+        self.scorers.steady = True
         return new
+
+    def _scorer(self) -> tuple[type, Resources, tuple[Any, ...]]:
+        """What a scorer is: its class, what it reserves, and what it is made with."""
+        from ...rollout.rewards.scorer import Scorer
+
+        scoring = self._stage.scoring
+        device = "cuda" if scoring.resources.gpus else "cpu"
+        return Scorer, scoring.resources, (list(self._stage.rewards), Path("/"), scoring.on_error, device)
+
+    def ask_for_scorer(self, name: str) -> Coming:
+        """Ask for another scorer and a place for it; returns at once."""
+        role, resources, given = self._scorer()
+        placement = reserve(f"{self._prefix}{name}", resources)
+        return Coming(self._made(name, role, resources, given, placement, **_STATELESS), placement)
+
+    def keep(self, name: str, coming: Coming) -> str:
+        """Count a scorer that is up among the actors; gives its node."""
+        self._actors[name], self._placements[name] = coming.actor, coming.placement
+        self._nodes[name] = node_of(coming.placement) or ""
+        return self._nodes[name]
+
+    def give_up(self, coming: Coming) -> None:
+        """End a scorer that was on its way."""
+        calls.end([coming.actor])
+        release(coming.placement)
 
     def _begin_group(self, role: str, shell: type, resources: LearnerResources, tick: Tick) -> bool:
         """Start the ranks of a role unless they are there; whether they were not."""
@@ -161,8 +188,6 @@ class Roles:
         """Start an actor unless it is there; whether it was not."""
         if name in self._actors:
             return False
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         def cancelled() -> bool:
             tick()  # what it raises gives the place back
@@ -180,6 +205,16 @@ class Roles:
             )
         self._placements[name] = placement
         self._nodes[name] = node_of(placement) or ""
+        self._actors[name] = self._made(name, role, resources, given, placement, **options)
+        return True
+
+    def _made(
+        self, name: str, role: type, resources: Resources, given: tuple[Any, ...], placement: Any, **options: int
+    ) -> Any:
+        """An actor, which begins as soon as it has its place."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
         actor = ray.remote(role).options(
             name=f"{self._prefix}{name}",
             num_cpus=resources.cpus,
@@ -187,8 +222,7 @@ class Roles:
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
             **options,
         )
-        self._actors[name] = actor.remote(*given)
-        return True
+        return actor.remote(*given)
 
     def _settle(self, tick: Tick) -> None:
         """Where roles have wishes, choose the nodes of all actors that are missing. Raises `DoesNotFit`.
@@ -234,12 +268,14 @@ class Roles:
         return self._places.on(nodes, name)
 
     def look_after(self) -> None:
-        """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead.
+        """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead;
+        move towards as many scorers as are asked for.
 
         Raises `WorkerLost`, and `RunFailed` where one could not write.
         """
         import ray
 
+        self.scorers.reconcile()
         for name in self.learners():
             if name not in self._pulses:
                 self._pulses[name] = self._actors[name].written.remote()
@@ -265,14 +301,14 @@ class Roles:
         for error in failed.values():
             raise error
 
-    def ask_scoring_troubles(self) -> dict[str, Any]:
+    def ask_scoring_troubles(self) -> tuple[Counter[str], dict[str, Any]]:
         """Have the scorers count what went wrong in all they were given so far; for `scoring_troubles`."""
-        return {name: self._actors[name].counters.remote() for name in self._scorers}
+        return self.scorers.ask_counters()
 
-    def scoring_troubles(self, asked: dict[str, Any], *, tick: Tick) -> dict[str, float]:
+    def scoring_troubles(self, asked: tuple[Counter[str], dict[str, Any]], *, tick: Tick) -> dict[str, float]:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
-        counts: Counter[str] = Counter()
-        for name, ref in asked.items():
+        counts, refs = asked
+        for name, ref in refs.items():
             counts.update(self._answers([name], "its counters", tick, [ref])[0])
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
@@ -371,20 +407,25 @@ class Roles:
     def counts(self) -> dict[str, int]:
         """How many actors each role has."""
         there = {"reference": int("reference" in self._actors), "critic": len(self._ranks("critic"))}
-        return {"policy": len(self._ranks("policy")), **there, "reward": len(self._scorers)}
+        return {"policy": len(self._ranks("policy")), **there, "reward": self.scorers.count}
 
     def end(self, names: Iterable[str]) -> None:
         """End these actors, whatever they are at, and give their places back."""
         for name in names:
-            calls.end([actor] if (actor := self._actors.pop(name, None)) else [])
-            if placement := self._placements.pop(name, None):
-                release(placement)
-            self._nodes.pop(name, None)
-            self._pulses.pop(name, None)
-            self._written.pop(name, None)
-            self._scoring.leave(name)
+            self.end_one(name)
         self.lost = set()
+
+    def end_one(self, name: str) -> None:
+        """End an actor, whatever it is at, and give its place back."""
+        calls.end([actor] if (actor := self._actors.pop(name, None)) else [])
+        if placement := self._placements.pop(name, None):
+            release(placement)
+        self._nodes.pop(name, None)
+        self._pulses.pop(name, None)
+        self._written.pop(name, None)
+        self.scorers.gone(name)
 
     def close(self) -> None:
         """End every actor."""
+        self.scorers.close()
         self.end({*self._actors, *self._placements})

@@ -29,6 +29,7 @@ def write_samples(folder: Path, step: int, groups: Sequence[Group]) -> Path:
             "finish_reason": sample.finish_reason,
             "version": group.version,
             "digest": group.digest,
+            "spans": [span._asdict() for span in sample.spans],
             "error": group.error,
             **{f"reward/{name}": value for name, value in sample.reward_parts.items()},
         }
@@ -55,5 +56,6 @@ def _columns() -> dict[str, Any]:
         "finish_reason": pa.string(),
         "version": pa.int64(),
         "digest": pa.string(),
+        "spans": pa.list_(pa.struct({"tokens": pa.int64(), "version": pa.int64(), "digest": pa.string()})),
         "error": pa.string(),
     }

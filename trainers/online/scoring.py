@@ -24,6 +24,7 @@ class _Scorer:
     open: dict[int, tuple[str, float]] = field(default_factory=dict)
     """Its calls by number, in order: of which group, and since when."""
     heard: float = 0.0
+    leaving: bool = False
 
     def first(self) -> tuple[str, float] | None:
         """What it is at, and since when: it scores one group after the other."""
@@ -53,9 +54,17 @@ class Scoring:
         self._scorers.pop(name, None)
         self._failed.pop(name, None)
 
+    def drain(self, name: str) -> None:
+        """A scorer is to leave: it gets no more groups."""
+        self._scorers[name].leaving = True
+
+    def idle(self, name: str) -> bool:
+        """Whether a scorer has answered all that it was asked."""
+        return not self._scorers[name].open
+
     def score(self, group: Group, then: Then) -> None:
         """Have a group scored; `then` gets it, and must not raise."""
-        name, scorer = min(self._scorers.items(), key=lambda item: len(item[1].open))
+        name, scorer = min(self._scorers.items(), key=lambda item: (item[1].leaving, len(item[1].open)))
         call, what = next(self._calls), f"step {group.step} group {group.index}"
         scorer.open[call] = what, time.monotonic()
         self._inbox.expect(scorer.actor.score.remote(group), partial(self._on_scored, name, call, then))

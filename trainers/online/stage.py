@@ -64,7 +64,16 @@ def run_online_stage(
     wait = config.cluster.wait_seconds
     places = Places(role_demands(stage.roles), least=stage.rollout.workers.min)
     pool = RolloutPool(prefix=prefix, spec=worker, wait_seconds=wait, note=run.event, places=places)
-    roles = Roles(prefix, spec, stage, places, samples=run / "samples" / name, wait_seconds=wait, inbox=pool.inbox)
+    roles = Roles(
+        prefix,
+        spec,
+        stage,
+        places,
+        samples=run / "samples" / name,
+        wait_seconds=wait,
+        inbox=pool.inbox,
+        note=run.event,
+    )
     loop = OnlineLoop(
         stage,
         name,

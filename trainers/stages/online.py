@@ -1,11 +1,12 @@
 """The stages that sample while they learn, as separate actors. Imports neither ray nor torch."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ...cluster.config import Config, RoleResources
-from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
+from ...rollout.config import RewardConfig, RewardModelSource, RolloutConfig, ScoringConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
 from .base import LoraConfig, StageBase
 from .learners import LearnerResources
@@ -107,8 +108,12 @@ class KeepBest(Config):
     mode: Literal["max", "min"] = "max"
 
 
-class CriticConfig(Config):
-    """The critic of PPO: the policy's base with a value head and, as the policy has it, an adapter or all weights."""
+class CriticConfig(RewardModelSource):
+    """The critic of PPO: the policy's base with a value head and, as the policy has it, an adapter or all weights.
+
+    With `stage` or `path` it starts as that reward model, body and head (InstructGPT 2203.02155), with a new adapter;
+    without, every value starts at 0.
+    """
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Its schedule is the stage's."""
@@ -119,6 +124,12 @@ class CriticConfig(Config):
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation (1506.02438): 0 trusts the next value, 1 the reward that came."""
     resources: LearnerResources = LearnerResources()
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> "CriticConfig":
+        if self.stage and self.path:
+            raise ValueError(f"stage {self.stage!r} and path {self.path!r}: a critic starts from one reward model")
+        return self
 
 
 class OnlineStage(StageBase):
@@ -179,6 +190,10 @@ class OnlineStage(StageBase):
     goes on during updates: step t comes from version max(0, t − staleness), always. `mismatch` corrects the update for
     it: its ratio is that of the policy before the step to the weights that drew (AReaL's decoupled objective,
     2505.24298)."""
+    partial_tokens: int | None = Field(default=None, ge=1)
+    """Partial rollouts (Kimi k1.5, 2501.12599; APRIL, 2509.18521): a completion gets at most so many tokens a step; one
+    that is not finished then is carried to the next step and goes on under its weights. A step draws its prompts
+    besides what it goes on with, and trains on all groups that are finished in it. None: a step waits for all."""
     keep_best: KeepBest | None = None
     policy: LearnerResources = LearnerResources()
     reference: RoleResources | Literal["adapter_off"] = RoleResources(cpus=0.5)
@@ -285,13 +300,34 @@ class OnlineStage(StageBase):
     @model_validator(mode="after")
     def _roles_can_stand_so(self) -> "OnlineStage":
         refuse_wishes(self.roles)
+        low, high = self.scoring.workers.min, self.scoring.workers.max
+        if low != high and any(r.colocate_with or r.split_from for _, r in self.roles.values()):
+            raise ValueError(
+                f"scoring.workers {low} to {high}: where roles wish to stand together or apart, places are planned for "
+                f"a fixed number of scorers; write workers: {self.scoring.workers.start}, or leave the wishes out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _partial_rollouts_are_partial(self) -> "OnlineStage":
+        longest = self.rollout.sampling.max_tokens
+        if self.partial_tokens and self.partial_tokens >= longest:
+            raise ValueError(
+                f"partial_tokens {self.partial_tokens}: rollout.sampling.max_tokens is {longest}, so no completion "
+                f"would be carried; take less, such as {max(1, longest // 2)}, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")
     def _staleness_is_borne(self) -> "OnlineStage":
-        if self.staleness > _MOST_UNCORRECTED and self.mismatch is None:
+        if self.oldest > _MOST_UNCORRECTED and self.mismatch is None:
+            how = f"staleness {self.staleness}"
+            if self.partial_tokens:
+                how += (
+                    f" and partial_tokens {self.partial_tokens} of rollout.sampling.max_tokens, {self.oldest} in all,"
+                )
             raise ValueError(
-                f"staleness {self.staleness} with mismatch null: completions of weights so old mislead an update that "
+                f"{how} with mismatch null: completions of weights so old mislead an update that "
                 f"is not corrected for them (AReaL, 2505.24298); leave mismatch in, or take {_MOST_UNCORRECTED} or less"
             )
         if self.staleness and self.rollout.weights.transport == "nccl":
@@ -328,9 +364,15 @@ class OnlineStage(StageBase):
             "policy": (self.policy.ranks, self.policy),
             **({"critic": (self.critic.resources.ranks, self.critic.resources)} if self.critic else {}),
             **({"reference": (1, self.reference_role)} if self.reference_role else {}),
-            "reward": (self.scoring.workers, self.scoring.resources),
+            "reward": (self.scoring.workers.start, self.scoring.resources),
             "rollout": (self.rollout.workers.start, self.rollout.resources),
         }
+
+    @property
+    def oldest(self) -> int:
+        """How many versions older than the policy the weights of a step's oldest tokens can be."""
+        longest = self.rollout.sampling.max_tokens
+        return self.staleness + math.ceil(longest / (self.partial_tokens or longest)) - 1
 
     @property
     def keeps_old(self) -> bool:

@@ -12,7 +12,7 @@ from raylign.cluster.errors import InputError, RunFailed
 from raylign.rollout.config import FormatReward, ModelReward
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.model import RewardModel, batches
-from raylign.rollout.rewards.model_folder import check_reward_model
+from raylign.rollout.rewards.model_folder import check_reward_model, check_same_body
 from raylign.rollout.rewards.scorer import Scorer
 from raylign.trainers.adapters import open_reward_model, save_reward_model
 from raylign.trainers.data.template import load_tokenizer
@@ -162,6 +162,15 @@ def test_what_is_no_reward_model_is_refused(folder: Path, tiny_model: Path, tmp_
     bare = edited(folder, tmp_path / "bare")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
     assert r"has no *.safetensors" in refused(bare, tiny_model)
+
+
+def test_a_critic_takes_a_reward_model_of_the_policys_size(folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+    check_same_body(folder, tiny_model, "stages.0.critic.path")
+    larger = edited(folder, tmp_path / "larger", num_hidden_layers=3)
+    with pytest.raises(
+        InputError, match=r"^stages\.0\.critic\.path: .*larger has num_hidden_layers 3 and the policy 2"
+    ):
+        check_same_body(larger, tiny_model, "stages.0.critic.path")
 
 
 def test_another_tokenizer_or_chat_form_is_refused(folder: Path, tiny_model: Path, tmp_path: Path) -> None:

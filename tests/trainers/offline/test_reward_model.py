@@ -37,6 +37,7 @@ SMALL = [
     "stages.3.steps=2",
     "stages.3.batch_size=16",
     "stages.3.warmup_steps=0",
+    "stages.3.critic.stage=reward_model",
     "stages.3.rollout.workers=1",
     "stages.3.rollout.max_prompt_tokens=40",
     "evaluation=null",
@@ -124,6 +125,19 @@ def test_its_rewards_are_those_of_the_saved_model(rlhf: tuple[RunDir, dict[str, 
         assert row["reward"] == row["reward/reward_model"], "the true reward beside it has no weight"
         assert row["reward/exact"] in (0.0, 1.0)
     assert len({row["reward/reward_model"] for row in rows}) > 16, "one number for all teaches nothing"
+
+
+def test_a_critic_that_starts_from_it_expects_its_score_of_the_text_so_far(rlhf: tuple[RunDir, dict[str, Any]]) -> None:
+    run, _ = rlhf
+    folder = run / "models" / "1-reward_model"
+    tokenizer, model = load_tokenizer(folder), RewardModel(folder)
+    first = next(m for m in run.all_metrics() if m["stage"] == "ppo")
+    seen = []
+    for row in samples(run, 0):
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": row["prompt"]}])
+        seen += [np.array([*prompt, *row["tokens"][:t]]) for t in range(len(row["tokens"]))]
+    assert first["value/mean"] == pytest.approx(np.mean(model.scores(seen)), abs=1e-5)
+    assert abs(first["value/mean"]) > 0.01
 
 
 def test_the_held_out_measure_is_a_count_of_pairs(rlhf: tuple[RunDir, dict[str, Any]], config: RunConfig) -> None:

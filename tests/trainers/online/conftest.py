@@ -106,7 +106,9 @@ def train_here(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], Roll
         shared = pool(worker)
         shared.scale(workers)
         folder = run / "samples" / algorithm
-        roles = roles_here("here/", spec, stage, Places(), samples=folder, wait_seconds=60, inbox=shared.inbox)
+        roles = roles_here(
+            "here/", spec, stage, Places(), samples=folder, wait_seconds=60, inbox=shared.inbox, note=run.event
+        )
         loop = OnlineLoop(
             stage,
             algorithm,

@@ -29,7 +29,7 @@ def start(
 
 def samples(run: RunDir) -> list[tuple[Any, ...]]:
     """All that was sampled, without who did it."""
-    columns = ["step", "group", "sample", "completion", "logprobs", "reward", "version", "digest"]
+    columns = ["step", "group", "sample", "completion", "logprobs", "spans", "reward", "version", "digest"]
     paths = sorted((run / "samples").glob("*/step-*.parquet"))
     rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
     return [tuple(str(row[c]) for c in columns) for row in rows]

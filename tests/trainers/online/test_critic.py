@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from raylign.trainers.adapters import open_base
+from raylign.rollout.rewards.model import RewardModel
+from raylign.trainers.adapters import open_base, open_reward_model, save_reward_model
 from raylign.trainers.online.batch import TrainSample
 from raylign.trainers.online.critic import Critic
 from raylign.trainers.online.policy import PolicySpec
 from raylign.trainers.stages import OnlineStage
+
+from ...rollout.models import make_adapter
 
 LENGTHS = [(5, 4), (2, 7), (9, 1), (3, 3)]
 """Tokens of prompt and completion of each sample."""
@@ -36,7 +40,7 @@ def samples() -> list[TrainSample]:
 def critic(tiny_model: Path) -> Callable[..., Critic]:
     """Builds a critic; options are the stage's, and its head is random where it is asked for."""
 
-    def build(*, random_head: bool = False, **options: object) -> Critic:
+    def build(*, random_head: bool = False, adapter_folder: Path | None = None, **options: object) -> Critic:
         stage = OnlineStage.model_validate(
             {
                 "type": "ppo",
@@ -49,7 +53,7 @@ def critic(tiny_model: Path) -> Callable[..., Critic]:
                 **options,
             }
         )
-        spec = PolicySpec(base=tiny_model, base_digest="", adapter=None, stage=stage, seed=1, dtype="float32")
+        spec = PolicySpec(base=tiny_model, base_digest="", adapter=adapter_folder, stage=stage, seed=1, dtype="float32")
         made = Critic(spec)
         if random_head:
             torch.manual_seed(3)
@@ -81,6 +85,33 @@ def test_values_are_the_heads_on_the_token_before(
 
 def test_a_new_critic_expects_nothing(critic: Callable[..., Critic], samples: list[TrainSample]) -> None:
     assert not any(row.any() for row in critic().values(samples))
+
+
+@pytest.mark.parametrize("adapter", [{"r": 4}, None, "of the stage before"])
+def test_one_from_a_reward_model_gives_the_scores_of_the_text_so_far(
+    adapter: Any, tiny_model: Path, critic: Callable[..., Critic], samples: list[TrainSample], tmp_path: Path
+) -> None:
+    """A policy's adapter has nothing to do with the reward model's body: the critic's is new, and as large."""
+    model = open_reward_model(tiny_model, None, seed=1)
+    torch.manual_seed(2)
+    torch.nn.init.normal_(model.score.weight)
+    folder = save_reward_model(model, tiny_model, tmp_path / "scorer")
+    given = {"adapter": adapter, "adapter_folder": None}
+    if isinstance(adapter, str):
+        make_adapter(tiny_model, tmp_path / "adapter", seed=5, r=2)
+        given = {"adapter": None, "adapter_folder": tmp_path / "adapter"}
+    made = critic(critic={"path": str(folder)}, **given)
+    scorer = RewardModel(folder)
+    for sample, got in zip(samples, made.values(samples), strict=True):
+        rows = [np.concatenate([sample.prompt, sample.tokens[:t]]) for t in range(len(sample.tokens))]
+        assert got == pytest.approx(scorer.scores(rows), abs=1e-4)
+    trained = {name: p for name, p in made._learner._trained.items() if not name.startswith("head.")}
+    ranks = {p.shape[0] for name, p in trained.items() if "lora_A" in name}
+    assert ranks == ({2} if isinstance(adapter, str) else {4} if adapter else set())
+    assert len(trained) > 4
+    before = made.values(samples)
+    made.update(samples, 0)
+    assert not np.allclose(before[0], made.values(samples)[0], atol=1e-4)
 
 
 def test_the_first_gradient_by_hand(

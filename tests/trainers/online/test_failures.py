@@ -31,6 +31,7 @@ def begin(
         "stages__0__checkpoint_every": STEPS,
         "stages__0__rollout__resources": "{cpus: 3}",
         "stages__0__rollout__timeout_seconds": 5,
+        "stages__0__scoring": "{workers: {min: 1, max: 2, start: 1}}",
         "stages__0__rewards": "[{type: function, path: 'rewards.py:held'}]",
         "cluster": "{wait_seconds: 30, cpus: 8}",
     }
@@ -120,8 +121,8 @@ def learned(run: RunDir) -> list[tuple[float, ...]]:
 
 
 def disturb_and_stop(begin: Callable[..., Any], run: RunDir, tmp_path: Path, again: int) -> None:
-    """Go on with the run while a worker finds no place, another hangs, and the reward dies; stop it after `again`
-    steps or more."""
+    """Go on with the run while a scorer comes and goes, a worker finds no place, another hangs, and the reward dies;
+    stop it after `again` steps or more."""
     hung: list[psutil.Process] = []
     asked_to_stop: list[float] = []
     began = len(list(read_lines(run / "metrics.jsonl")))
@@ -129,16 +130,21 @@ def disturb_and_stop(begin: Callable[..., Any], run: RunDir, tmp_path: Path, aga
     def made() -> int:
         return len(list(read_lines(run / "metrics.jsonl"))) - began
 
+    def have(role: str) -> int:
+        return run.status().get("workers", {}).get(role, 0)
+
     def trouble() -> None:
         until("a step is done", lambda: made() > 0)
-        run.desire(rollout=3)  # of 8 CPUs the roles have 1.5: there is room for two workers of 3
-        until("two work", lambda: run.status().get("workers", {}).get("rollout") == 2)
-        assert run.status()["wanted"] == {"rollout": 3}
+        run.desire(rollout=3, reward=2)  # of 8 CPUs the roles have 2: there is room for two workers of 3
+        until("two work", lambda: have("rollout") == 2 == have("reward"))
+        assert run.status()["wanted"] == {"rollout": 3, "reward": 2}
         hung.append(psutil.Process(pid_of("dies/grpo/rollout-0")))
         hung[0].suspend()
         until("the hung one is missed", lambda: bool(run.events("worker_lost")))
         done = made()
         until("the run goes on", lambda: made() > done + 1)
+        run.desire(reward=1)
+        until("a scorer leaves", lambda: have("reward") == 1 and bool(run.events("scorer_left")))
         os.kill(pid_of("dies/grpo/reward-0"), signal.SIGKILL)  # Ray starts it again and asks again
         done = made()
         until("it goes on again", lambda: made() > max(done + 2, again))

@@ -1,13 +1,16 @@
 """Steps from older weights: which, the same whatever happens, and really made while the policy learns."""
 
+import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.recipe import load_recipe
@@ -22,6 +25,11 @@ def versions(run: RunDir) -> list[tuple[int, set[str]]]:
     for step, *_, version, _ in samples(run):
         steps.setdefault(int(step), set()).add(version)
     return sorted(steps.items())
+
+
+def table(run: RunDir) -> list[dict[str, Any]]:
+    """All samples with all that was written of them."""
+    return [row for path in sorted((run / "samples").glob("*/*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def left(run: RunDir) -> str:
@@ -58,6 +66,48 @@ def test_a_step_comes_from_its_version_for_any_workers_a_death_and_a_resume(trai
     assert kept == {f"version-{v:06d}.safetensors" for v in range(max(0, 3 - staleness), 3)}
     run.desire(stop=False)
     train_here("troubled", "grpo", workers=2, **fields)
+    assert samples(run) == samples(alone)
+    assert left(run) == left(alone)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "fields"),
+    [
+        ("grpo", {"staleness": 1, "partial_tokens": 4, "kl": "{coefficient: 0.01}"}),
+        ("dapo", {"partial_tokens": 7, "rewards": '[{type: function, path: "rewards.py:rare"}]'}),
+    ],
+)
+def test_partial_rollouts_are_the_same_for_any_workers_a_death_and_a_resume(
+    train_here: Train, algorithm: str, fields: dict[str, Any]
+) -> None:
+    """A group is trained on in the step in which its last completion ends, each part from that step's weights."""
+    fields = {"steps": 5, **fields}
+    budget, staleness = fields["partial_tokens"], fields.get("staleness", 0)
+    alone = train_here("alone", algorithm, **fields)
+    rows, told = table(alone), alone.all_metrics()
+    assert max(len(row["spans"]) for row in rows) == -(-12 // budget)
+    for row in rows:
+        spans = row["spans"]
+        assert [s["tokens"] for s in spans[:-1]] == [budget] * (len(spans) - 1)
+        assert 0 < spans[-1]["tokens"] <= budget
+        assert sum(s["tokens"] for s in spans) == len(row["tokens"]) == len(row["logprobs"])
+        newest = max(0, row["step"] - staleness)
+        assert spans[-1]["version"] <= newest == row["version"]
+        for before, after in itertools.pairwise(spans):
+            assert after["version"] - before["version"] in ((1,) if before["version"] else (0, 1))
+    assert told[0]["samples/trained"] == 0  # a random model does not stop so early
+    groups = Counter((row["step"], row["group"]) for row in rows)
+    assert set(groups.values()) == {8}
+    drawn, unfinished = sum(m["groups/drawn"] for m in told), told[-1]["groups/carried"]
+    assert len(groups) == drawn - unfinished < drawn  # none twice, none lost but those that the last step left
+    assert sum(m["groups/carried"] for m in told) > unfinished
+    assert max(m.get("carried", 0) for m in told) > 0
+
+    run = train_here("troubled", algorithm, trouble, 2, **fields)
+    assert len(run.all_metrics()) == 3
+    assert (run / "checkpoints/step-000003/carried.safetensors").exists()
+    run.desire(stop=False)
+    train_here("troubled", algorithm, workers=2, **fields)
     assert samples(run) == samples(alone)
     assert left(run) == left(alone)
 
@@ -111,12 +161,12 @@ def test_the_next_step_is_generated_while_the_policy_learns(train_here: Train) -
     assert left(run) == left(train_here("free", "grpo", steps=4, staleness=1))
 
 
-def test_a_policy_that_dies_makes_the_steps_again_from_the_same_older_weights(
+def test_a_policy_that_dies_makes_the_steps_again_from_the_same_older_weights_and_tokens(
     train_here: Train, tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path
 ) -> None:
     import ray
 
-    fields = {"steps": 6, "staleness": 1, "checkpoint_every": 2, "kl": "null"}
+    fields = {"steps": 6, "staleness": 1, "partial_tokens": 5, "checkpoint_every": 2, "kl": "null"}
     path = tiny_grpo("dies", **{f"stages__0__{key}": value for key, value in fields.items()})
     undisturbed = train_here("undisturbed", "grpo", **fields)
 

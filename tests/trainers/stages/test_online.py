@@ -116,6 +116,15 @@ def test_a_recipe_overrides_single_fields() -> None:
         ({"type": "ppo", "critic": {"resources": {"ranks": 129}}}, "critic.resources.ranks 129: an update has 128"),
         ({"staleness": 5, "mismatch": None}, "staleness 5 with mismatch null: completions of weights so old mislead"),
         (
+            {"staleness": 2, "partial_tokens": 70, "mismatch": None},
+            "staleness 2 and partial_tokens 70 of rollout.sampling.max_tokens, 5 in all, with mismatch null: ",
+        ),
+        (
+            {"partial_tokens": 256},
+            "partial_tokens 256: rollout.sampling.max_tokens is 256, so no completion would be carried; take less, "
+            "such as 128, or leave it out",
+        ),
+        (
             {
                 "staleness": 1,
                 "policy": {"gpus": 1},
@@ -137,6 +146,8 @@ def test_what_cannot_work_is_refused(fields: dict[str, Any], message: str) -> No
 def test_older_weights_are_taken_with_the_correction_and_a_few_without() -> None:
     assert stage(staleness=8).staleness == 8
     assert stage(staleness=4, mismatch=None).staleness == 4
+    assert [stage(partial_tokens=n).oldest for n in (255, 128, 127, 64)] == [1, 1, 2, 3]
+    assert stage(staleness=1, partial_tokens=64, mismatch=None).oldest == 4
     assert stage().staleness == 0
 
 

@@ -69,6 +69,22 @@ def test_a_reward_that_names_no_earlier_reward_model_is_refused(tmp_path: Path, 
         load(tmp_path, f"stages.2.rewards=[{reward}]")
 
 
+@pytest.mark.parametrize(
+    ("critic", "message"),
+    [
+        ("{stage: judge}", r"stages\.2\.critic\.stage 'judge': there is no such stage: there is reward_model"),
+        ("{stage: late}", r"stages\.2\.critic\.stage 'late': that stage comes after stages\.2: put it before"),
+        ("{stage: reward_model, path: x}", "stage 'reward_model' and path '.*x': a critic starts from one reward"),
+    ],
+)
+def test_a_critic_starts_from_an_earlier_reward_model(tmp_path: Path, critic: str, message: str) -> None:
+    ppo = "type: ppo, data: {path: prompts.jsonl}, rewards: [{type: model, stage: reward_model}]"
+    with pytest.raises(InputError, match=rf"rlhf\.yaml.*{message}"):
+        load(tmp_path, f"stages.2={{{ppo}, critic: {critic}}}")
+    config = load(tmp_path, f"stages.2={{{ppo}, critic: {{path: scorer}}}}")
+    assert config.stages[2].critic.path == str(tmp_path / "scorer")
+
+
 def test_a_recipe_without_a_reward_model_says_what_to_add(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"stages\.1\.rewards\.0\.stage 'judge': .* add a reward_model stage before"):
         load(

@@ -47,6 +47,10 @@ def test_a_stage_without_wishes_asks_for_room_alone() -> None:
             "reference.colocate_with 'polcy': there is no such role: did you mean 'policy'?",
         ),
         (
+            {"scoring": {"workers": {"min": 1, "max": 2}, "resources": {"split_from": "policy"}}},
+            "scoring.workers 1 to 2: where roles wish to stand together or apart, places are planned for a fixed",
+        ),
+        (
             {"scoring": {"resources": {"split_from": "judge"}}},
             "scoring.resources.split_from 'judge': there is no such role: "
             "roles are policy, critic, reference, reward, rollout",
