@@ -6,9 +6,7 @@ from pydantic import Field
 
 from .algorithms import ALGORITHMS, Algorithm
 from .base import DataConfig, DataFormat, LoraConfig, StageBase
-from .learners import LearnerResources
-from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
-from .online import (
+from .blocks import (
     AdaptiveKl,
     Aggregation,
     ClipConfig,
@@ -16,10 +14,12 @@ from .online import (
     Estimator,
     KlConfig,
     MismatchConfig,
-    OnlineStage,
     Ratio,
     Scale,
 )
+from .learners import LearnerResources
+from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
+from .online import OnlineStage
 
 StageConfig = Annotated[CptStage | SftStage | DpoStage | RewardModelStage | OnlineStage, Field(discriminator="type")]
 
