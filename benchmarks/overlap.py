@@ -19,10 +19,11 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import Parcel, WeightVersion
 from raylign.rollout.places import Places
 from raylign.rollout.pool import RolloutPool
+from raylign.trainers.online.actors import Actors, Tick
 from raylign.trainers.online.ahead import Prompt
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
-from raylign.trainers.online.roles import Roles, Tick
+from raylign.trainers.online.roles import Roles
 from raylign.trainers.stages import OnlineStage
 
 from .arena import Arena
@@ -70,28 +71,40 @@ def _roles() -> tuple[type, type]:
     return Policy, Reward
 
 
+class SleepingActors(Actors):
+    """Actors that have no model; an update takes so many seconds."""
+
+    def __init__(self, update: float, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._update = update
+
+    def begin(self, name: str, *_: Any, **__: Any) -> bool:
+        """Start a sleeper unless it is there."""
+        import ray
+
+        if name in self:
+            return False
+        policy, reward = _roles()
+        role, given = (policy, (self._update,)) if name == "policy-0" else (reward, ())
+        self._there[name] = ray.remote(role).options(num_cpus=0).remote(*given)
+        return True
+
+
 class SleepingRoles(Roles):
     """Roles whose actors have no model."""
 
-    update_seconds = 0.0
     began = 0.0
     """When the first weights were there."""
+
+    def __init__(self, update: float, *given: Any, **named: Any) -> None:
+        self.crew = partial(SleepingActors, update)
+        super().__init__(*given, **named)
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         published = super().publish(version, workers, tick=tick)
         if version == 0:
             self.began = time.perf_counter()
         return published
-
-    def _begin(self, name: str, *_: Any, **__: Any) -> bool:
-        import ray
-
-        if name in self._actors:
-            return False
-        policy, reward = _roles()
-        role, given = (policy, (self.update_seconds,)) if name == "policy-0" else (reward, ())
-        self._actors[name] = ray.remote(role).options(num_cpus=0).remote(*given)
-        return True
 
 
 class Runner:
@@ -111,6 +124,7 @@ class Runner:
         stage = self._stage(0)
         spec = PolicySpec(base=folder, base_digest="base", adapter=None, stage=stage, seed=0, dtype="float32")
         self.roles = SleepingRoles(
+            update,
             "overlap/",
             spec,
             stage,
@@ -120,7 +134,6 @@ class Runner:
             inbox=self.pool.inbox,
             note=lambda *_, **__: None,
         )
-        self.roles.update_seconds = update
 
     def _stage(self, staleness: int) -> OnlineStage:
         return OnlineStage.model_validate(

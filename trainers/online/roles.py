@@ -1,10 +1,7 @@
 """The actors of an online stage besides the rollout pool: policy, reference, critic and reward."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,8 @@ import numpy as np
 from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
-from ...cluster.errors import DoesNotFit, WorkerFailed, WorkerLost
-from ...cluster.placement import free_offers, node_of, place, release, reserve
-from ...cluster.planning import Offer, amount
+from ...cluster.errors import WorkerFailed, WorkerLost
+from ...cluster.placement import release, reserve
 from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
 from ...rollout.fleet import Note
@@ -23,6 +19,7 @@ from ...rollout.inbox import Inbox
 from ...rollout.places import Places
 from ...rollout.records import Group
 from ..stages import LearnerResources, OnlineStage
+from .actors import Actors, Tick
 from .batch import TrainSample
 from .checkpoints import Written
 from .critic import CriticActor
@@ -34,20 +31,8 @@ from .scoring import Scoring, Then
 LOAD_SECONDS = 1800.0
 """How long an actor may take to load its model or its rewards once it has a place."""
 
-END_SECONDS = 60.0
-"""How long an actor that was ended may go on holding its name."""
-
-KEEP_SECONDS = 2.0
-"""How long those who stand hold up the choice of nodes for others; Ray tells of freed resources up to a second late."""
-
-PULSE_SECONDS = 1.0
-"""How long an actor has to answer for its life before others are placed; one that is busy may take longer."""
-
 _STATELESS = {"max_restarts": 3, "max_task_retries": 3}
 """Ray starts these again elsewhere and repeats the call: what they answer depends on what they are asked alone."""
-
-Tick = Callable[[], None]
-"""Called at least twice a second during a wait; what it raises ends the wait."""
 
 
 class Roles:
@@ -57,6 +42,9 @@ class Roles:
     `tick` of waits that change the policy or the weights (update, publish, save) must not end them: a stop in the
     middle would leave step and weights apart.
     """
+
+    crew: Callable[..., Actors] = Actors
+    """What starts the actors."""
 
     def __init__(
         self,
@@ -71,44 +59,29 @@ class Roles:
         note: Note,
     ) -> None:
         self._prefix, self._spec, self._stage, self._samples = prefix, spec, stage, samples
-        self._timeout, self._wait_seconds = stage.timeout_seconds, wait_seconds
-        self._places = places
-        self._placements: dict[str, Any] = {}
-        self._actors: dict[str, Any] = {}
-        self._inbox = inbox
-        self._scoring = Scoring(inbox, self._timeout)
+        self._wished, timeout = places.wished, stage.timeout_seconds
+        self._actors = self.crew(prefix, places, inbox, wait_seconds=wait_seconds, timeout=timeout, on_end=self._ended)
+        self._scoring = Scoring(inbox, timeout)
         self.scorers = Scorers(stage.scoring.workers, self, self._scoring, inbox, note)
-        self._nodes: dict[str, str] = {}
-        self._waits: list[Wait] = []
         self._meetings: dict[str, Any] = {}
         """The stores through which groups of ranks meet."""
         self._pulses: dict[str, Any] = {}
         """Open calls on those who learn, which end at once when their processes do."""
         self._written: dict[str, Written] = {}
         """What each of them said last of its checkpoints."""
-        self.lost: set[str] = set()
+
+    @property
+    def lost(self) -> set[str]:
         """Who died, hung or failed; `start` begins them anew after `end`."""
+        return self._actors.lost
 
     def waiting(self) -> list[Wait]:
         """What is waited for from an actor now."""
-        return [*self._waits, *self._scoring.waiting(self._prefix)]
+        return [*self._actors.waits, *self._scoring.waiting(self._prefix)]
 
     def coming(self) -> list[Wait]:
         """Scorers that were asked for while the run goes on and are not up yet."""
         return self.scorers.waiting(self._prefix)
-
-    @contextmanager
-    def _waiting(self, what: str, *names: str) -> Iterator[None]:
-        """Say what is waited for while the block lasts, and note who is lost in it."""
-        waits = [Wait(what, f"{self._prefix}{name}", self._nodes.get(name, ""), time.time()) for name in names]
-        self._waits += waits
-        try:
-            yield
-        except (WorkerLost, WorkerFailed):
-            self.lost = self.lost or set(names)  # the first: a wait may end because `tick` found another one dead
-            raise
-        finally:
-            self._waits = [wait for wait in self._waits if wait not in waits]
 
     def start(self, *, tick: Tick) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
@@ -118,19 +91,21 @@ class Roles:
         raised.
         """
         stage, self.scorers.steady = self._stage, False
-        stateless = {} if self._places.wished else _STATELESS  # Ray would bind one whose node died to it for ever
-        self._settle(tick)
+        stateless = {} if self._wished else _STATELESS  # Ray would bind one whose node died to it for ever
+        self._actors.settle(self._answering, tick)
         new = self._begin_group("policy", PolicyActor, stage.policy, tick)
         if stage.reference_role:
-            self._begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **stateless)
+            self._actors.begin("reference", ReferenceActor, stage.reference_role, (self._spec,), tick, **stateless)
         if stage.critic:
             self._begin_group("critic", CriticActor, stage.critic.resources, tick)
         for name in self.scorers.missing():
-            self._begin(name, *self._scorer(), tick, **stateless)
-            self.scorers.join(name, self._actors[name], self._nodes.get(name, ""))
-        others = [[name] for name in self._actors if name not in self.learners()]
+            self._actors.begin(name, *self._scorer(), tick, **stateless)
+            self.scorers.join(name, self._actors[name], self._actors.node(name))
+        others = [[name] for name in self._answering()]
         for names in [*self._groups(), *others]:
-            self._answers(names, "its start", tick, self._call(names, "__ray_ready__"), timeout=LOAD_SECONDS)
+            self._actors.answers(
+                names, "its start", tick, self._actors.call(names, "__ray_ready__"), timeout=LOAD_SECONDS
+            )
         self.scorers.steady = True
         return new
 
@@ -146,13 +121,12 @@ class Roles:
         """Ask for another scorer and a place for it; returns at once."""
         role, resources, given = self._scorer()
         placement = reserve(f"{self._prefix}{name}", resources)
-        return Coming(self._made(name, role, resources, given, placement, **_STATELESS), placement)
+        return Coming(self._actors.made(name, role, resources, given, placement, **_STATELESS), placement)
 
     def keep(self, name: str, coming: Coming) -> str:
         """Count a scorer that is up among the actors; gives its node."""
-        self._actors[name], self._placements[name] = coming.actor, coming.placement
-        self._nodes[name] = node_of(coming.placement) or ""
-        return self._nodes[name]
+        self._actors.keep(name, coming.actor, coming.placement)
+        return self._actors.node(name)
 
     def give_up(self, coming: Coming) -> None:
         """End a scorer that was on its way."""
@@ -164,7 +138,7 @@ class Roles:
         if f"{role}-0" in self._actors:
             return False
         for rank, seat in enumerate(self._seats(role, resources.ranks)):
-            self._begin(f"{role}-{rank}", shell, resources, (self._spec, seat), tick)
+            self._actors.begin(f"{role}-{rank}", shell, resources, (self._spec, seat), tick)
         return True
 
     def _seats(self, role: str, ranks: int) -> list[Seat | None]:
@@ -174,7 +148,7 @@ class Roles:
         import ray
 
         self._meetings[role] = store = open_store(ray.util.get_node_ip_address())
-        name, times = f"{self._prefix}{role}", (LOAD_SECONDS, self._timeout)
+        name, times = f"{self._prefix}{role}", (LOAD_SECONDS, self._stage.timeout_seconds)
         return [
             Seat(
                 rank=r, size=ranks, host=store.host, port=store.port, name=name, meet_seconds=times[0], timeout=times[1]
@@ -182,90 +156,10 @@ class Roles:
             for r in range(ranks)
         ]
 
-    def _begin(
-        self, name: str, role: type, resources: Resources, given: tuple[Any, ...], tick: Tick, **options: int
-    ) -> bool:
-        """Start an actor unless it is there; whether it was not."""
-        if name in self._actors:
-            return False
-
-        def cancelled() -> bool:
-            tick()  # what it raises gives the place back
-            self._settle_again()
-            return False
-
-        calls.wait_until_gone(f"{self._prefix}{name}", timeout=END_SECONDS, tick=tick)
-        with self._waiting(f"a place with {amount(resources.cpus, resources.gpus)}", name):
-            placement = place(
-                f"{self._prefix}{name}",
-                resources,
-                self._wait_seconds,
-                bounds=partial(self._places.bounds, name),
-                cancelled=cancelled,
-            )
-        self._placements[name] = placement
-        self._nodes[name] = node_of(placement) or ""
-        self._actors[name] = self._made(name, role, resources, given, placement, **options)
-        return True
-
-    def _made(
-        self, name: str, role: type, resources: Resources, given: tuple[Any, ...], placement: Any, **options: int
-    ) -> Any:
-        """An actor, which begins as soon as it has its place."""
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        actor = ray.remote(role).options(
-            name=f"{self._prefix}{name}",
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement),
-            **options,
-        )
-        return actor.remote(*given)
-
-    def _settle(self, tick: Tick) -> None:
-        """Where roles have wishes, choose the nodes of all actors that are missing. Raises `DoesNotFit`.
-
-        Who learned nothing is started anew where he is dead. The others keep their places for a while; where that
-        leaves no room, who learned nothing gives his up, and rollout workers follow.
-        """
-        began = time.monotonic()
-        with self._waiting("nodes as the roles wish", "policy-0"):
-            while self._places.wished:
-                nodes, waited = free_offers(), time.monotonic() - began
-                moving = waited > KEEP_SECONDS
-                self.end(name for name in self._answering() if moving or not self._lives(name, nodes))
-                try:
-                    return self._places.choose(self._actors, nodes, moving=moving)
-                except DoesNotFit as error:
-                    if waited > self._wait_seconds:
-                        raise DoesNotFit(f"{error}. That is what was free for {self._wait_seconds:g} s") from None
-                tick()
-                time.sleep(0.2)
-
-    def _settle_again(self) -> None:
-        """Choose other nodes where one that was chosen is lost before all have their places, as soon as there are."""
-        if not self._places.wished or self._places.settled(self._actors, nodes := free_offers()):
-            return
-        for moving in (False, True):
-            with suppress(DoesNotFit):
-                return self._places.choose(self._actors, nodes, moving=moving)
-
     def _answering(self) -> list[str]:
         """Those who learn nothing, as far as they are there."""
-        return [name for name in self._actors if name not in self.learners()]
-
-    def _lives(self, name: str, nodes: Sequence[Offer]) -> bool:
-        """Whether an actor's node is among these and it is not known to be dead; Ray takes a while to miss a node."""
-        import ray
-        from ray.exceptions import RayError
-
-        try:
-            ray.get(ray.wait([self._actors[name].__ray_ready__.remote()], timeout=PULSE_SECONDS)[0])
-        except RayError:
-            return False
-        return self._places.on(nodes, name)
+        learners = self.learners()
+        return [name for name in self._actors.names if name not in learners]
 
     def look_after(self) -> None:
         """Hear of those who learn, while nothing else is asked of them, what they have written, or that they are dead;
@@ -281,7 +175,7 @@ class Roles:
                 self._pulses[name] = self._actors[name].written.remote()
             if ray.wait([self._pulses[name]], timeout=0)[0]:
                 pulse = self._pulses.pop(name)
-                with self._waiting("a sign of life", name):
+                with self._actors.waiting_for("a sign of life", name):
                     told = calls.get(pulse, actor=name, what="its idle time", timeout=0)
                 self._written |= {name: told} if told else {}
 
@@ -297,7 +191,7 @@ class Roles:
         """Raise what went wrong with the scoring of a group, if anything."""
         failed = self._scoring.failed()
         gone = {name for name, error in failed.items() if isinstance(error, (WorkerLost, WorkerFailed))}
-        self.lost = self.lost or gone
+        self._actors.lost = self.lost or gone
         for error in failed.values():
             raise error
 
@@ -309,23 +203,23 @@ class Roles:
         """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
         counts, refs = asked
         for name, ref in refs.items():
-            counts.update(self._answers([name], "its counters", tick, [ref])[0])
+            counts.update(self._actors.answers([name], "its counters", tick, [ref])[0])
         return {f"scoring/{name}": value for name, value in counts.items() if name != "seconds"}
 
     def ask_reference(self, samples: Sequence[TrainSample]) -> dict[str, Any]:
         """Have the reference see samples, where there is one. For `reference_logprobs`."""
-        names = ["reference"] if "reference" in self._actors else self._ranks("policy")
-        return dict(zip(names, self._call(names, "reference_logprobs", samples), strict=True))
+        names = ["reference"] if "reference" in self._actors else self._actors.of("policy")
+        return dict(zip(names, self._actors.call(names, "reference_logprobs", samples), strict=True))
 
     def reference_logprobs(self, asked: dict[str, Any], *, tick: Tick) -> list[np.ndarray]:
         """The reference's log-probs `[T]` of each sample it was asked for."""
-        return self._answers(list(asked), "the reference's log-probs", tick, list(asked.values()))[0]
+        return self._actors.answers(list(asked), "the reference's log-probs", tick, list(asked.values()))[0]
 
     def values(self, samples: Sequence[TrainSample], *, tick: Tick) -> list[np.ndarray]:
         """The critic's values `[T]` of each sample, where there is a critic."""
         import ray
 
-        return self._ask(self._ranks("critic"), "values", tick, "values", ray.put(samples))[0]
+        return self._actors.ask(self._actors.of("critic"), "values", tick, "values", ray.put(samples))[0]
 
     def update(
         self, samples: Sequence[TrainSample], step: int, kl_coefficient: float, *, tick: Tick
@@ -334,18 +228,20 @@ class Roles:
         import ray
 
         what, held = f"the update of step {step}", ray.put(samples)  # once for all ranks
-        critics, policies = self._ranks("critic"), self._ranks("policy")
-        learning = self._call(critics, "update", held, step)
-        told = self._ask(policies, what, tick, "update", held, step, kl_coefficient)[0]
-        return told | self._answers(critics, what, tick, learning)[0] if critics else told
+        critics, policies = self._actors.of("critic"), self._actors.of("policy")
+        learning = self._actors.call(critics, "update", held, step)
+        told = self._actors.ask(policies, what, tick, "update", held, step, kl_coefficient)[0]
+        return told | self._actors.answers(critics, what, tick, learning)[0] if critics else told
 
     def publish(self, version: int, workers: tuple[str, ...], *, tick: Tick) -> WeightVersion:
         """The policy's weights, in the object store."""
-        return self._ask(self._ranks("policy"), f"publishing version {version}", tick, "publish", version, workers)[0]
+        return self._actors.ask(
+            self._actors.of("policy"), f"publishing version {version}", tick, "publish", version, workers
+        )[0]
 
     def publish_kept(self, version: int, folder: Path, *, tick: Tick) -> WeightVersion:
         """An earlier version as a checkpoint has it, in the object store again."""
-        return self._ask(["policy-0"], f"publishing version {version}", tick, "publish_kept", version, folder)[0]
+        return self._actors.ask(["policy-0"], f"publishing version {version}", tick, "publish_kept", version, folder)[0]
 
     def save(self, folder: Path, before: Sequence[WeightVersion], *, tick: Tick) -> None:
         """Have those who learn copy their state, and write it into the folder from then on.
@@ -353,11 +249,11 @@ class Roles:
         The versions before the policy's that steps still come from are written at once.
         """
         learners = self.learners()
-        refs = self._call(learners, "save", folder)
+        refs = self._actors.call(learners, "save", folder)
         self._pulses.clear()  # what they say of the checkpoint before
-        self._answers(learners, "a checkpoint", tick, refs)
+        self._actors.answers(learners, "a checkpoint", tick, refs)
         if before:
-            self._ask(["policy-0"], "a checkpoint", tick, "keep", folder, before)
+            self._actors.ask(["policy-0"], "a checkpoint", tick, "keep", folder, before)
 
     def written(self, folder: Path) -> list[Written] | None:
         """What they wrote into the folder since `save`, once `look_after` or `finish_writing` has heard it of all."""
@@ -368,37 +264,20 @@ class Roles:
     def finish_writing(self, *, tick: Tick) -> None:
         """Wait until what `save` began is on the disk. Raises `RunFailed` where it could not be written."""
         learners = self.learners()
-        told = self._ask(learners, "writing a checkpoint", tick, "written", True)
+        told = self._actors.ask(learners, "writing a checkpoint", tick, "written", True)
         self._written |= dict(zip(learners, told, strict=True))
 
     def load(self, folder: Path, *, tick: Tick) -> None:
         """Have policy and critic go on from a checkpoint."""
         for names in self._groups():
-            self._ask(names, f"loading {folder}", tick, "load", folder)
+            self._actors.ask(names, f"loading {folder}", tick, "load", folder)
 
     def learners(self) -> list[str]:
         """Those whose state a checkpoint holds: the ranks of policy and critic, as far as they are there."""
         return [name for names in self._groups() for name in names]
 
     def _groups(self) -> list[list[str]]:
-        return [names for role in ("policy", "critic") if (names := self._ranks(role))]
-
-    def _ranks(self, role: str) -> list[str]:
-        return [name for name in self._actors if name.rpartition("-")[0] == role]
-
-    def _ask(self, names: Sequence[str], what: str, tick: Tick, method: str, *given: Any) -> list[Any]:
-        return self._answers(names, what, tick, self._call(names, method, *given))
-
-    def _call(self, names: Sequence[str], method: str, *given: Any) -> list[Any]:
-        return [getattr(self._actors[name], method).remote(*given) for name in names]
-
-    def _answers(
-        self, names: Sequence[str], what: str, tick: Tick, refs: Sequence[Any], *, timeout: float | None = None
-    ) -> list[Any]:
-        with self._waiting(what, *names):
-            return self._inbox.get_together(
-                dict(zip(names, refs, strict=True)), what=what, timeout=timeout or self._timeout, tick=tick
-            )
+        return [names for role in ("policy", "critic") if (names := self._actors.of(role))]
 
     def write_samples(self, step: int, groups: Sequence[Group]) -> None:
         """Keep a step's samples as parquet."""
@@ -406,21 +285,18 @@ class Roles:
 
     def counts(self) -> dict[str, int]:
         """How many actors each role has."""
-        there = {"reference": int("reference" in self._actors), "critic": len(self._ranks("critic"))}
-        return {"policy": len(self._ranks("policy")), **there, "reward": self.scorers.count}
+        there = {"reference": int("reference" in self._actors), "critic": len(self._actors.of("critic"))}
+        return {"policy": len(self._actors.of("policy")), **there, "reward": self.scorers.count}
 
     def end(self, names: Iterable[str]) -> None:
         """End these actors, whatever they are at, and give their places back."""
-        for name in names:
-            self.end_one(name)
-        self.lost = set()
+        self._actors.end(names)
 
     def end_one(self, name: str) -> None:
-        """End an actor, whatever it is at, and give its place back."""
-        calls.end([actor] if (actor := self._actors.pop(name, None)) else [])
-        if placement := self._placements.pop(name, None):
-            release(placement)
-        self._nodes.pop(name, None)
+        """End an actor, and nobody counts as less lost for it."""
+        self._actors.end_one(name)
+
+    def _ended(self, name: str) -> None:
         self._pulses.pop(name, None)
         self._written.pop(name, None)
         self.scorers.gone(name)
@@ -428,4 +304,4 @@ class Roles:
     def close(self) -> None:
         """End every actor."""
         self.scorers.close()
-        self.end({*self._actors, *self._placements})
+        self._actors.close()

@@ -20,10 +20,11 @@ from ..data.template import Encoded, Tokenizer, stop_tokens
 from ..model_state import ModelState, StageOutcome
 from ..stages import OnlineStage
 from ..stages.wishes import role_demands
+from .actors import END_SECONDS
 from .ahead import Prompt
 from .loop import OnlineLoop
 from .policy import PolicySpec
-from .roles import END_SECONDS, Roles
+from .roles import Roles
 
 
 def run_online_stage(

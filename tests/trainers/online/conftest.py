@@ -17,6 +17,7 @@ from raylign.rollout.places import Places
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
+from raylign.trainers.online.actors import Actors
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
 from raylign.trainers.online.roles import Roles
@@ -44,14 +45,20 @@ class InProcess:
         return SimpleNamespace(remote=called)
 
 
+class ActorsHere(Actors):
+    """Actors without processes."""
+
+    def begin(self, name: str, role: type, resources: Any, given: tuple[Any, ...], *_: Any, **__: Any) -> bool:
+        if name in self:
+            return False
+        self._there[name] = InProcess(role(*given))
+        return True
+
+
 class RolesHere(Roles):
     """Roles without processes."""
 
-    def _begin(self, name: str, role: type, resources: Any, given: tuple[Any, ...], *_: Any, **__: Any) -> bool:
-        if name in self._actors:
-            return False
-        self._actors[name] = InProcess(role(*given))
-        return True
+    crew = ActorsHere
 
 
 @pytest.fixture(scope="module")
