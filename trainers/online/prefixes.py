@@ -135,7 +135,7 @@ class Packing:
         for end in range(1, len(samples) + 1):
             first = max(0, end - _LOOK_BACK)
             tokens = lengths[first:end] + grown[end - 1] - grown[first:end]
-            fits = (tokens <= self.max_tokens) & np.logical_and.accumulate(share[first:end][::-1])[::-1]
+            fits = (tokens <= min(self.max_tokens, _LONGEST)) & np.logical_and.accumulate(share[first:end][::-1])[::-1]
             costs = np.where(fits, tokens + tokens**2 * (self.pair_cost or 0.0), np.inf)
             costs[-1] = self._cost(alone[end - 1])
             costs += least[first:end]
@@ -146,6 +146,9 @@ class Packing:
             cuts.append(int(starts[cuts[-1]]))
         return list(pairwise(cuts[::-1]))
 
+
+_LONGEST = 8192
+"""Tokens in a row that is shared, since its mask has their square."""
 
 _LOOK_BACK = 512
 """Samples in a row at most, so that finding the cuts stays cheap."""
