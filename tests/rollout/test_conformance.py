@@ -172,6 +172,21 @@ def test_a_sample_of_a_group_is_the_same_when_it_is_asked_for_by_itself(engine: 
     assert len({c.tokens.tobytes() for c in group}) == 5
 
 
+def test_a_row_that_goes_on_draws_behind_what_it_has(engine: Engine, shop: Shop):
+    """It takes the random numbers that follow, and never those again that drew what it has."""
+    whole = generate(engine, [request(4, n=2)])["r4"][1]
+    asked = request(4, max_tokens=7)
+    prompt, seed = np.concatenate([asked.prompt, whole.tokens[:5]]), asked.seed._replace(sample=1)
+    on = replace(asked, prompt=prompt, seed=seed, drawn=5)
+    (rest,) = generate(engine, [on])["r4"]
+    (again,) = generate(engine, [replace(on, drawn=0)])["r4"]
+    assert len(rest.tokens) == 7
+    assert rest.tokens.tolist() != again.tokens.tolist()
+    if shop.traits.exact:
+        assert rest.tokens.tolist() == whole.tokens[5:].tolist()
+        assert rest.logprobs.tobytes() == whole.logprobs[5:].tobytes()
+
+
 def test_stop_tokens_end_a_row_and_are_its_last_token(engine: Engine):
     free = generate(engine, [request(3, temperature=0)])["r3"][0].tokens.tolist()
     stop = next(t for t in free if t != free[0])
