@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cluster.imports import importing
 from ...cluster.process_group import Seat
 from .batch import TrainSample
 from .checkpoints import Written
@@ -23,13 +24,14 @@ class Critic:
     """
 
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
-        import torch
-        from peft import PeftModel
+        with importing():
+            import torch
+            from peft import PeftModel
 
-        from ..adapters import open_model
-        from .learner import Learner
-        from .ranks import Ranks
-        from .valuer import Valuer
+            from ..adapters import open_model
+            from .learner import Learner
+            from .ranks import Ranks
+            from .valuer import Valuer
 
         assert spec.stage.critic, "a stage without a critic starts none"
         self._stage, self._config = spec.stage, spec.stage.critic
