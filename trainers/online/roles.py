@@ -103,12 +103,12 @@ class Roles:
         finally:
             self._waits = [wait for wait in self._waits if wait not in waits]
 
-    def start(self, *, tick: Tick) -> bool:
+    def start(self, *, tick: Tick, placed: Callable[[], None] = lambda: None) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
 
-        Returns whether those who learn are new, and have learned nothing yet. Raises `DoesNotFit` for one without a
-        place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
-        raised.
+        `placed` is called when all have their places and are on their way. Returns whether those who learn are new, and
+        have learned nothing yet. Raises `DoesNotFit` for one without a place after `wait_seconds`, `WorkerLost` for one
+        that is not up `LOAD_SECONDS` later, and what a constructor raised.
         """
         from ...rollout.rewards.scorer import Scorer
 
@@ -127,6 +127,7 @@ class Roles:
             if self._begin(name, Scorer, stage.scoring.resources, given, tick, **stateless):
                 self._scoring.join(name, self._actors[name], self._nodes.get(name, ""))
         self._scorers = [f"reward-{i}" for i in range(stage.scoring.workers)]
+        placed()
         others = [[name] for name in self._actors if name not in self.learners()]
         for names in [*self._groups(), *others]:
             self._answers(names, "its start", tick, self._call(names, "__ray_ready__"), timeout=LOAD_SECONDS)
