@@ -15,13 +15,15 @@ def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
 ) -> None:
     import ray
 
-    alone = train_here("alone", "grpo", steps=4, kl="{coefficient: 0.01}")
+    alone = train_here("alone", "grpo", steps=4, kl="{coefficient: 0.01}", reference="adapter_off")
     rewards = [m["reward/mean"] for m in alone.all_metrics()]
     assert len(rewards) == 4
     assert all(m["mismatch/max"] < 1e-3 for m in alone.all_metrics())
     assert all(m["kl"] > 0 for m in alone.all_metrics()[1:])
 
-    config = load_recipe(tiny_grpo("troubled", stages__0__rollout__workers__start=2))
+    config = load_recipe(
+        tiny_grpo("troubled", stages__0__rollout__workers__start=2, stages__0__reference="adapter_off")
+    )
 
     def trouble(run: RunDir, done: int) -> None:
         """After step 1 a worker dies and the run is scaled up; after step 2 it is stopped (then the test resumes)."""
@@ -39,6 +41,5 @@ def test_workers_deaths_scaling_and_a_resume_leave_the_result_as_it_is(
     run.desire(stop=False, rollout=1)
     _, summary = start(config, tmp_path)
     assert summary["status"] == "succeeded"
-    assert summary["workers"] == {"min": 1, "max": 1}
     assert summary["weights"] == {"version": 4, "digest": alone.events("weights")[-1]["digest"]}
     assert samples(run) == samples(alone)
