@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ..cluster.imports import importing
 from .engine import Engine
 
 Dtype = Literal["float32", "bfloat16"]
@@ -31,9 +32,10 @@ def build_native(
 ) -> Engine:
     """The embedded engine. Its own products give the same bits on any number of threads, torch's operations do not:
     with two threads, the same row has others in another slot."""
-    import torch
+    with importing():
+        import torch
 
-    from .native.engine import NativeEngine
+        from .native.engine import NativeEngine
 
     torch.set_num_threads(1 if exact else threads)
     return NativeEngine(folder, slots=slots, max_length=max_length, dtype=dtype, device=device, threads=threads)

@@ -112,13 +112,17 @@ class RolloutPool:
         """How often a worker was replaced."""
         return self._fleet.restarts
 
+    def prepare(self) -> None:
+        """Begin the first workers: while there are no weights yet they load their models, and `start` waits less."""
+        self._fleet.reconcile()
+
     def start(self, weights: WeightVersion, *, tick: Tick) -> None:
         """Bring up the first workers with a version; those that find no place beyond the least are not waited for.
 
         Raises `RunFailed` or `DoesNotFit` when they cannot be had.
         """
         self.set_weights(weights)
-        self._fleet.reconcile()
+        self.prepare()
         while self.size < self.target and not (self.size >= self._bounds.min and self._fleet.held_up()):
             self._turn(tick, least=self._bounds.min)
 

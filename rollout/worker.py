@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..cluster.errors import RunFailed
+from ..cluster.imports import importing
 from ..cluster.weights import Piece, Tensors, WeightVersion, open_transport, tensors_of, version_digest
 from .config import RolloutConfig
 from .engine import Engine
@@ -46,11 +47,12 @@ class RolloutWorker:
     """
 
     def __init__(self, name: str, spec: WorkerSpec) -> None:
-        from transformers import AutoTokenizer
-
         self.name = name
         self._spec = spec
-        self._tokenizer = AutoTokenizer.from_pretrained(spec.base)
+        with importing():  # most of transformers comes with its first object
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(spec.base)
         self._engine = EngineThread(self._build)
         self._hashing = ThreadPoolExecutor(1, "digest")
         self._weights: tuple[int, str] | None = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..cluster.imports import importing
 from ..rollout.engine import Engine
 from ..rollout.engine_thread import EngineThread
 from ..rollout.engines import ENGINES
@@ -40,16 +41,18 @@ class Replica:
     """The class that Ray Serve deploys; it replaces a replica whose engine no longer answers."""
 
     def __init__(self, spec: ReplicaSpec, build: BuildEngine = native_engine) -> None:
-        from transformers import AutoTokenizer
-
         from .service import Service
 
         registry = Registry(spec.registry)
         base = registry.resolve(spec.base)
+        with importing():  # most of transformers comes with its first object
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(base.path)
         self._engine = EngineThread(lambda: build(spec, Path(base.path)))
         self._service = Service(
             engine=self._engine,
-            tokenizer=AutoTokenizer.from_pretrained(base.path),
+            tokenizer=tokenizer,
             registry=registry,
             base=base,
         )

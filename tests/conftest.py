@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: tiny random models made on the spot, and one Ray session."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -12,8 +11,6 @@ import pytest
 ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # the benchmarks are no part of the wheel: they are found here, behind what is installed
-
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # else PEFT loads torch's compiler, a second in every process
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -59,7 +56,6 @@ def tiny_grpo(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
 
 
 TINY_REWARDS = """\
-import os
 import time
 
 

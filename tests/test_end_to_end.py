@@ -19,6 +19,7 @@ SMALL = [
     "prepare.options={documents: 256, demonstrations: 64, prompts: 64, questions: 16}",
     "stages.0.steps=4",
     "stages.1.steps=4",
+    "stages.1.workers=1",
     "stages.2.steps=60",
     "stages.2.batch_size=16",
     "stages.2.warmup_steps=1",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..cluster.errors import InputError
+from ..cluster.imports import importing
 from ..cluster.weights import Tensors, base_digest, load_adapter
 from .quantized import open_nf4
 from .stages import LoraConfig
@@ -86,8 +87,9 @@ def open_base(base: Path, *, dtype: str = "float32", quantize: str | None = None
 
     Raises `InputError` where there is none.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    with importing():
+        import torch
+        from transformers import AutoModelForCausalLM
 
     try:
         if quantize:
@@ -113,8 +115,10 @@ def random_model(base: Path, *, seed: int) -> "PreTrainedModel":
 
 def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int, *, task: str = "CAUSAL_LM") -> Any:
     import torch
-    from peft import LoraConfig as PeftLora
-    from peft import get_peft_model
+
+    with importing():
+        from peft import LoraConfig as PeftLora
+        from peft import get_peft_model
 
     alpha = lora.alpha or 2 * lora.r
     config = PeftLora(
@@ -133,7 +137,8 @@ def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int, *, task:
 
 
 def _attach(model: "PreTrainedModel", folder: Path) -> Any:
-    from peft import PeftModel
+    with importing():
+        from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
 
@@ -147,7 +152,8 @@ class Exporter:
     """
 
     def __init__(self, model: Any) -> None:
-        from peft import PeftModel, get_peft_model_state_dict
+        with importing():
+            from peft import PeftModel, get_peft_model_state_dict
 
         own = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
         adapted = isinstance(model, PeftModel)

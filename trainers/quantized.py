@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..cluster.errors import InputError
+from ..cluster.imports import importing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +20,8 @@ def open_nf4(base: Path, *, dtype: str) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     try:
-        from bitsandbytes.nn.modules import Linear4bit
+        with importing():
+            from bitsandbytes.nn.modules import Linear4bit
     except ImportError as error:
         raise InputError(f"adapter.quantize nf4 needs bitsandbytes: pip install 'raylign[qlora]' ({error})") from error
     kind = getattr(torch, dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ...cluster.errors import RunFailed
+from ...cluster.imports import importing
 from ..config import ModelReward, RewardConfig
 from ..records import Group, Sample
 from .functions import RewardError, check_names, reward_name, total
@@ -121,7 +122,8 @@ def _begin(config: RewardConfig, root: Path, device: str) -> GroupReward:
         reward.start()
         return reward
     assert config.path is not None, "the pipeline puts the folder where a recipe has a stage"
-    from .model import RewardModel
+    with importing():
+        from .model import RewardModel
 
     return RewardModel(root / config.path, device)
 

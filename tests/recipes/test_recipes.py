@@ -105,6 +105,7 @@ def test_an_offline_recipe_trains_on_real_rows(
         f"model.path={tiny_model}",
         f"stages.0.data.path={tmp_path / 'rows.json'}",
         "stages.0.steps=2",
+        "stages.0.workers=1",
         "stages.0.batch_size=4",
         "stages.0.micro_batch_size=2",
         "serve=null",

@@ -101,6 +101,7 @@ def test_tokens_are_the_same_when_a_worker_is_killed_one_runs_out_of_memory_and_
         troubled.scale(3)
 
     try:
+        troubled.prepare()
         alone.start(weights, tick=lambda: None)
         undisturbed = _tokens(alone, weights, lambda: None)
         alone.close()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from ...cluster.errors import InputError
+from ...cluster.imports import importing
 from ...rollout.chat import encode_prompt as encode_prompt
 from ...rollout.chat import stop_tokens as stop_tokens
 from .rows import Message
@@ -77,13 +78,14 @@ def load_tokenizer(path: Path | str, *, chat: bool = True) -> Tokenizer:
 
     Raises `InputError` where there is none.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         raise InputError(f"{path} has no tokenizer: save one there with tokenizer.save_pretrained")
     try:
-        tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(str(path)))
+        with importing():  # most of transformers comes with its first object
+            from transformers import AutoTokenizer
+
+            tokenizer = cast(Tokenizer, AutoTokenizer.from_pretrained(str(path)))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
     if chat and not tokenizer.chat_template:

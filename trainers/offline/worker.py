@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...cluster.imports import importing
 from ...cluster.rundir import RunDir
 from ...cluster.weights import base_digest, save_adapter
 from ..adapters import export_weights, open_model, open_reward_model, random_model, save_model, save_reward_model
@@ -66,8 +67,9 @@ def _train(
     at = step_of(checkpoint) if checkpoint else 0
     if _stop_asked(job, run, rank):
         return not_begun(job, at)
-    from .hf_trainer import make_trainer
-    from .progress import Progress
+    with importing():
+        from .hf_trainer import make_trainer
+        from .progress import Progress
 
     order = row_order(job.seed, rows.num_rows, job.stage.batch_size, job.steps)
     trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)

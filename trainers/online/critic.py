@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cluster.imports import importing
 from ...cluster.process_group import Seat
 from .batch import TrainSample
 from .checkpoints import Written
@@ -24,12 +25,13 @@ class Critic:
     """
 
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
-        import torch
+        with importing():
+            import torch
 
-        from .learner import Learner
-        from .ranks import Ranks
-        from .scoring_model import packing_for, without_peft
-        from .valuer import Valuer
+            from .learner import Learner
+            from .ranks import Ranks
+            from .scoring_model import packing_for, without_peft
+            from .valuer import Valuer
 
         assert spec.stage.critic, "a stage without a critic starts none"
         self._stage, self._config = spec.stage, spec.stage.critic

@@ -70,6 +70,8 @@ class OnlineLoop:
         self._now: Wait | None = None
         """The phase under way."""
         self._last_tick = 0.0
+        self._placed = False
+        """Whether the roles have places, so that rollout workers may take theirs."""
         self._begun = False
         """Whether any weights have been published."""
         self._agree = False
@@ -125,7 +127,7 @@ class OnlineLoop:
 
     def _go_on(self) -> None:
         """Start the roles that are not there, and train to the last step from where the policy is."""
-        if self._roles.start(tick=self._tick):
+        if self._roles.start(tick=self._tick, placed=self._bring_workers):
             self._restore()
         if self._pool.size:
             self._pool.set_weights(self._weights.current)
@@ -139,6 +141,12 @@ class OnlineLoop:
             self.step, self._agree = self.step + 1, True
             if self._kept.due(self.step):
                 self._checkpoint()
+
+    def _bring_workers(self) -> None:
+        """Have rollout workers load their models while the roles load theirs."""
+        self._placed = True
+        self._follow()
+        self._pool.prepare()
 
     def _replace_lost(self, error: RaylignError) -> None:
         """End the roles that were lost, and all who learn where one of them was, or they are in the middle of a step.
@@ -321,7 +329,7 @@ class OnlineLoop:
 
         Raises `WorkerLost` where the policy is gone.
         """
-        if self._begun:
+        if self._placed:
             self._ahead.advance()
         if self._due():
             self._last_tick = time.monotonic()
@@ -335,7 +343,7 @@ class OnlineLoop:
 
     def _follow(self) -> None:
         """Have as many workers and scorers as users ask for."""
-        if not self._begun:
+        if not self._placed:
             return
         desired = self._run.desired()
         for role, crew in (("rollout", self._pool), ("reward", self._roles.scorers)):

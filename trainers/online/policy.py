@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cluster.imports import importing
 from ...cluster.process_group import Seat
 from ...cluster.weights import (
     Tensors,
@@ -46,12 +47,13 @@ class Policy:
     """
 
     def __init__(self, spec: PolicySpec, seat: Seat | None = None) -> None:
-        import torch
+        with importing():
+            import torch
 
-        from ..adapters import Exporter, open_model
-        from .learner import Learner
-        from .ranks import Ranks
-        from .scoring_model import packing_for
+            from ..adapters import Exporter, open_model
+            from .learner import Learner
+            from .ranks import Ranks
+            from .scoring_model import packing_for
 
         torch.set_num_threads(max(1, int(spec.stage.policy.cpus)))
         self._spec = spec
@@ -166,11 +168,12 @@ class Reference:
     """The policy as it stood when the stage began; gives log-probs and never learns."""
 
     def __init__(self, spec: PolicySpec) -> None:
-        import torch
+        with importing():
+            import torch
 
-        from ..adapters import open_model
-        from .ranks import Ranks
-        from .scoring_model import packing_for
+            from ..adapters import open_model
+            from .ranks import Ranks
+            from .scoring_model import packing_for
 
         own = spec.stage.reference_role
         assert own, "a stage without a reference of its own starts none"

@@ -83,12 +83,12 @@ class Roles:
         """Scorers that were asked for while the run goes on and are not up yet."""
         return self.scorers.waiting(self._prefix)
 
-    def start(self, *, tick: Tick) -> bool:
+    def start(self, *, tick: Tick, placed: Callable[[], None] = lambda: None) -> bool:
         """Give every actor that is not there a place, begin them side by side, and wait until all are up.
 
-        Returns whether those who learn are new, and have learned nothing yet. Raises `DoesNotFit` for one without a
-        place after `wait_seconds`, `WorkerLost` for one that is not up `LOAD_SECONDS` later, and what a constructor
-        raised.
+        `placed` is called when all have their places and are on their way. Returns whether those who learn are new, and
+        have learned nothing yet. Raises `DoesNotFit` for one without a place after `wait_seconds`, `WorkerLost` for one
+        that is not up `LOAD_SECONDS` later, and what a constructor raised.
         """
         stage, self.scorers.steady = self._stage, False
         stateless = {} if self._wished else _STATELESS  # Ray would bind one whose node died to it for ever
@@ -101,6 +101,7 @@ class Roles:
         for name in self.scorers.missing():
             self._actors.begin(name, *self._scorer(), tick, **stateless)
             self.scorers.join(name, self._actors[name], self._actors.node(name))
+        placed()
         others = [[name] for name in self._answering()]
         for names in [*self._groups(), *others]:
             self._actors.answers(

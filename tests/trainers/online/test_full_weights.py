@@ -19,7 +19,7 @@ def test_a_run_that_trains_all_weights_publishes_keeps_and_resumes_them(
     changed = {"adapter": "null", "kl": "null", "steps": 3, "learning_rate": "1e-3", "rollout__workers__start": 2}
     recipe = tiny_grpo("full", **{f"stages__0__{key}": value for key, value in changed.items()})
 
-    def go_on(stop_after: int | None) -> RunDir:
+    def go_on(stop_after: int | None, workers: int) -> RunDir:
         config = load_recipe(recipe)
         run = open_run(config, tmp_path, named=True, resume=True)
         record = run.metrics
@@ -29,12 +29,12 @@ def test_a_run_that_trains_all_weights_publishes_keeps_and_resumes_them(
             run.desire(stop=step + 1 == stop_after)
 
         run.metrics = record_and_stop
-        run.desire(stop=False)
+        run.desire(stop=False, rollout=workers)
         run_recipe(config, run, read_inputs(config, run.path), lambda _: None)
         return run
 
-    assert go_on(stop_after=2).summary()["status"] == "stopped"
-    run = go_on(stop_after=None)
+    assert go_on(stop_after=2, workers=2).summary()["status"] == "stopped"
+    run = go_on(stop_after=None, workers=1)
     assert run.summary()["status"] == "succeeded"
     assert run.events("resumed")  # the digest of the whole model was that of the checkpoint
     assert all(m["mismatch/max"] < 1e-3 for m in run.all_metrics())  # workers sample from the policy's own weights

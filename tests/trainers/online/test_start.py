@@ -55,11 +55,21 @@ def test_a_stop_before_the_first_weights_needs_no_checkpoint(
     assert not (run / "adapters").exists()
 
 
-def test_a_checkpoint_of_another_run_is_refused(
-    tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path
+def test_workers_load_while_roles_do_and_a_checkpoint_of_another_run_is_refused(
+    tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny_grpo("other", stages__0__steps=1, stages__0__kl="null")
+    told: list[set[tuple[str, str]]] = []
+    update = RunDir.update_status
+
+    def update_and_note(run: RunDir, **facts: Any) -> None:
+        told.append({(wait["actor"], wait["what"]) for wait in facts.get("waiting", ())})
+        update(run, **facts)
+
+    monkeypatch.setattr(RunDir, "update_status", update_and_note)
     run, outcome = train(path, tmp_path)
+    both = {("other/grpo/policy-0", "its start"), ("other/grpo/rollout-0", "loading the model")}
+    assert any(both <= waits for waits in told)
     assert outcome.steps == 1
     assert len(run.events("checkpoint")) == 1
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "word {n}"}}\n' for n in range(9)))
