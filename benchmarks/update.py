@@ -105,6 +105,7 @@ def gradient_gap(ours: Policy, theirs: TrlUpdate, samples: list[TrainSample]) ->
     """The norm of the difference of both gradients, from the same weights, over the norm of theirs."""
     import torch
 
+    ours._model.zero_grad()  # of the case before
     theirs.trainer.model.load_state_dict(ours._model.state_dict())
     ours._backward(samples, kl_coefficient=0.0)
     theirs.backward(padded(samples))
