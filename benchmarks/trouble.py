@@ -82,16 +82,19 @@ def suffer(recipe: Path, storage: Path, cells: Mapping[int, Cell]) -> list[dict[
         ended.add(last)
         (storage / "ballast").unlink(missing_ok=True)
     metrics = _lines(storage / "chaos/metrics.jsonl")
-    return [_told(planned[d["number"]], _moment(planned, plan, d), d["number"] in ended, metrics) for d in _done(plan)]
+    return [_told(planned[d["number"]], moment(planned, plan, d), d["number"] in ended, metrics) for d in _done(plan)]
 
 
-def _moment(planned: list[dict[str, Any]], plan: Path, done: dict[str, Any]) -> float:
-    """When a fault struck. Raises `RuntimeError` where what was to make an actor fail was never called."""
-    cell, number = planned[done["number"]], done["number"]
+def moment(planned: list[dict[str, Any]], plan: Path, done: dict[str, Any]) -> float:
+    """When a cell that is noted as done struck, in seconds since the epoch.
+
+    Raises `RuntimeError` where what was to make an actor fail was never called.
+    """
+    cell = planned[done["number"]]
     if cell["role"] == "controller" or cell["fault"] in ("SIGKILL", "SIGSTOP"):
         return done["time"]
     for line in _lines(Path(f"{plan}.struck")):
-        if line["number"] == number:
+        if line["number"] == done["number"]:
             return line["struck"]
     raise RuntimeError(f"{Cell(cell['fault'], cell['role'], cell['phase']).name} was prepared and never happened")
 
