@@ -46,3 +46,16 @@ def test_it_is_tried_once_more(begin: Callable[[BaseException, bool], RunDir]) -
 
 def test_what_the_machine_refuses_is_the_end_at_once(begin: Callable[[BaseException, bool], RunDir]) -> None:
     assert begin(OSError(28, "No space left on device"), False).summary()["status"] == "failed"
+
+
+def test_an_end_that_cannot_be_written_down_is_told_to_the_supervisor(
+    begin: Callable[[BaseException, bool], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    ended: list[Attempt] = []
+    monkeypatch.setattr(launch, "conclude", refuse)
+    monkeypatch.setattr(Attempt, "end", ended.append)
+    run = begin(OSError(28, "No space left on device"), False)
+    assert (run.status()["status"], [attempt.run for attempt in ended]) == ("running", [run])
