@@ -142,7 +142,9 @@ def _done(plan: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    from raylign.cluster.rundir import read_lines
+
+    return list(read_lines(path))
 
 
 def differences(calm: Path, troubled: Path) -> dict[int, list[str]]:
