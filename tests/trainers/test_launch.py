@@ -54,8 +54,8 @@ def test_an_end_that_cannot_be_written_down_is_told_to_the_supervisor(
     def refuse(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    ended: list[Attempt] = []
+    ended: list[RunDir | None] = []
     monkeypatch.setattr(launch, "conclude", refuse)
-    monkeypatch.setattr(Attempt, "end", ended.append)
+    monkeypatch.setattr(Attempt, "end", lambda attempt: ended.append(attempt.run))
     run = begin(OSError(28, "No space left on device"), False)
-    assert (run.status()["status"], [attempt.run for attempt in ended]) == ("running", [run])
+    assert (run.status()["status"], ended) == ("running", [run])
