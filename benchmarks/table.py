@@ -42,7 +42,7 @@ ended with its reason, as it should where the disk is full, and `resume` went on
 
 _RECOVERY = """\
 A SIGKILL at the beginning of a phase in which the step waits for that role; PPO with two rollout workers, two ranks of
-the policy and a reference.
+the policy and a reference, on all cores.
 """
 
 _GOODPUT = """\
