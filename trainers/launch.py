@@ -215,6 +215,11 @@ class _QuietFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the record."""
 
+    def close(self) -> None:
+        """Drop what is not written yet, too, where it cannot be: a full disk is not to hide why the run ended."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 @contextlib.contextmanager
 def _log_to(run: RunDir) -> Iterator[None]:
