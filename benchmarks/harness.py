@@ -3,7 +3,8 @@
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -40,6 +41,17 @@ def one_core() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let this process, and those it starts meanwhile, have every core."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
 
 
 def run_pairs(contest: Contest, count: int, tell: Callable[[str], None]) -> list[Pair]:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .saboteur import processes_of_node
+from .harm import processes_of_node
 
 ROOM = tuple(f"stages.0.{role}.cpus=2" for role in ("policy", "reference", "critic.resources", "scoring.resources"))
 """What a recipe is to ask for, so that the head has room for all but one of two rollout workers, and the other node for
 that one alone."""
-_HEAD_CPUS = 2 * len(ROOM) + 1
+_HEAD_CPUS = 2 * (len(ROOM) + 1) + 1
+"""The policy has two ranks."""
 _LOOK_SECONDS = 0.2
 _SOON = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 3}
 """A suspended node counts as dead after a quarter of a minute, not after one; a busy one still answers."""

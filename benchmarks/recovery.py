@@ -15,6 +15,7 @@ from typing import Any
 
 from .arena import Arena
 from .cells import Cell
+from .harness import all_cores
 from .measured import Case, Contest, Measured
 from .trouble import every_other_step, suffer, write_recipe
 
@@ -122,7 +123,7 @@ def _killed_policy(arena: Arena, steps: int, kills: int, pair: int) -> Goodput:
     """A run whose policy dies in so many steps drawn by lot."""
     drawn = sorted(random.Random(pair).sample(range(1, steps - 1), kills))
     cells = {step: Cell("SIGKILL", "policy", "update") for step in drawn}
-    alone = ("type=grpo", "critic=null", "kl=null", "rollout.workers=1", f"checkpoint_every={_EVERY}")
+    alone = ("type=grpo", "critic=null", "kl=null", "policy.ranks=1", "rollout.workers=1", f"checkpoint_every={_EVERY}")
     told, run = _suffered(arena, f"goodput-{pair}", cells, steps, *(f"stages.0.{key}" for key in alone))
     return goodput(run.all_metrics(), run.events("checkpoint"), run.events("resumed"), [t["time"] for t in told])
 
@@ -136,7 +137,8 @@ def _suffered(arena: Arena, name: str, cells: dict[int, Cell], steps: int, *sets
     adopt_orphans()
     recipe = write_recipe(arena.root / name, arena.get(tiny_model, arena.root / "tiny"), steps, *sets)
     storage = Path(recipe.parent / "runs")
-    return suffer(recipe, storage, cells), RunDir(storage / "chaos")
+    with all_cores():  # a run is many processes
+        return suffer(recipe, storage, cells), RunDir(storage / "chaos")
 
 
 def step_seconds(metrics: Sequence[dict[str, Any]]) -> float:

@@ -4,32 +4,24 @@ PLAN is a JSON list of `{"step", "fault", "role", "phase"}`. Each happens once, 
 happened is noted in `PLAN.done` before it does, so that a controller that is started again goes on behind it.
 """
 
-import contextlib
 import json
 import os
-import resource
-import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_METHODS = {
-    ("rollout", "generate"): ("_worker", "generate"),
-    ("rollout", "publish"): ("_worker", "set_weights"),
-    ("reward", "score"): ("", "_scored"),
-    ("reference", "score"): ("_reference", "logprobs"),
-    ("critic", "score"): ("_critic", "values"),
-    ("critic", "update"): ("_critic", "update"),
-    ("critic", "checkpoint"): ("_critic", "save"),
-    ("policy", "update"): ("_policy", "update"),
-    ("policy", "publish"): ("_policy", "export"),
-    ("policy", "checkpoint"): ("_policy", "save"),
+from .harm import jot, living, signal_all, spoil, strike, suspended, victim
+
+_MOMENTS = {
+    ("rollout", "generate"): "a group is given out",
+    ("reward", "score"): "a group is scored",
+    ("reference", "score"): "the reference is asked",
+    ("critic", "score"): "values",
 }
-"""Where an actor's own code can be made to raise: the attribute that has it, and the method."""
-_SCORES = {"reference": "reference", "critic": "values"}
-"""What the loop calls the part of scoring that is not the rewards."""
-_HEADROOM = 256 * 2**20
+"""When a role begins its work in a phase, where that is not when the loop enters the phase of that name: rollouts,
+rewards and the reference begin before the loop waits for them, and the critic's scoring is a phase of its own."""
 _FULL_SECONDS = 120.0
 
 
@@ -60,122 +52,88 @@ def _say(text: str) -> None:
 
 
 class Saboteur:
-    """Does what the plan says as the loop enters its phases."""
+    """Does what the plan says as the loop enters its phases, or as a role is asked that begins before."""
 
     def __init__(self, plan: Path, storage: Path) -> None:
         self._plan, self._done_file, self._storage = json.loads(plan.read_text()), Path(f"{plan}.done"), storage
+        self._struck_file = Path(f"{plan}.struck")
+        self._loop: Any = None
+        self._scored = -1
+        """The step whose groups are scored now."""
 
     def install(self) -> None:
-        """Be called at the beginning of every phase of every step."""
-        from raylign.trainers.online import loop
+        """Be called before all that may be the moment of a cell."""
+        from raylign.rollout.pool import RolloutPool
+        from raylign.trainers.online.loop import OnlineLoop, _Phase
+        from raylign.trainers.online.roles import Roles
 
-        enter = loop._Phase.__enter__
+        _before(OnlineLoop, "run", self._meet)
+        _before(RolloutPool, "begin", lambda pool, _, ledger, *__: self._fill_up(pool, ledger.step))
+        _before(RolloutPool, "_give", lambda _, work, *__: self._reach("a group is given out", work.ledger.step))
+        _before(Roles, "score", self._score)
+        _before(Roles, "ask_reference", lambda *_: self._reach("the reference is asked", self._scored))
+        _before(_Phase, "__enter__", lambda phase: self._enter(phase._name))
 
-        def entered(phase: Any) -> None:
-            enter(phase)
-            self._reach(phase._loop, phase._name)
+    def _meet(self, loop: Any) -> None:
+        self._loop = loop
 
-        loop._Phase.__enter__ = entered  # pyright: ignore[reportAttributeAccessIssue]
+    def _score(self, _: Any, group: Any, __: Any) -> None:
+        self._scored = group.step
+        self._reach("a group is scored", group.step)
 
-    def _reach(self, loop: Any, phase: str) -> None:
-        step = loop.step - 1 if phase == "checkpoint" else loop.step  # it has been counted by then
+    def _enter(self, phase: str) -> None:
+        done = phase == "checkpoint"  # its step has been counted by then
+        self._reach(phase, self._loop.step - done)
+
+    def _reach(self, moment: str, step: int) -> None:
         for number, cell in enumerate(self._plan):
-            name = _SCORES.get(cell["role"], "score") if cell["phase"] == "score" else cell["phase"]
-            if cell["step"] == step and phase == "generate":
-                _fill_up(loop._pool)
-            if (cell["step"], name) == (step, phase) and number not in self._done():
-                self._act(number, cell, f"{loop._run.name}/{loop._name}")
+            begins = _MOMENTS.get((cell["role"], cell["phase"]), cell["phase"])
+            if (cell["step"], begins) == (step, moment) and number not in self._done():
+                self._act(number, cell)
 
     def _done(self) -> set[int]:
         lines = self._done_file.read_text().splitlines() if self._done_file.exists() else []
         return {json.loads(line)["number"] for line in lines}
 
-    def _act(self, number: int, cell: dict[str, Any], prefix: str) -> None:
+    def _act(self, number: int, cell: dict[str, Any]) -> None:
         fault, role = cell["fault"], cell["role"]
-        actor, pids = (None, [os.getpid()]) if role == "controller" else _victim(prefix, role)
-        with self._done_file.open("a") as file:
-            file.write(json.dumps({"number": number, "time": time.time(), "pids": pids}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        actor, pids = (None, [os.getpid()]) if role == "controller" else victim(self._prefix, role)
+        jot(self._done_file, number=number, time=time.time(), pids=pids)
         if fault in ("SIGKILL", "SIGSTOP"):
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):  # a raylet's workers end with it
-                    os.kill(pid, signal.Signals[fault])
-        elif fault == "disk full":
-            fill(self._storage)
+            signal_all(pids, fault)
         elif actor is None:
-            _raise(fault)
+            strike(fault, self._storage)
         else:
             import ray
 
-            ray.get(actor.__ray_call__.remote(_spoil, *_METHODS[role, cell["phase"]], fault))
+            given = (role, cell["phase"], fault, self._storage, self._struck_file, number)
+            ray.get(actor.__ray_call__.remote(spoil, *given))
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self._loop._run.name}/{self._loop._name}"
+
+    def _fill_up(self, pool: Any, step: int) -> None:
+        """Before a step with a cell, wait until the one before has healed wholly: each is to find all who should be
+        there, and none who is suspended already."""
+        ahead = any(cell["step"] == step and n not in self._done() for n, cell in enumerate(self._plan))
+        give_up = time.monotonic() + _FULL_SECONDS
+        while ahead and time.monotonic() < give_up:
+            pool.advance()
+            if pool.size >= pool.target and not any(suspended(a["Pid"]) for a in living(self._prefix)):
+                return
+            time.sleep(0.05)
 
 
-def _fill_up(pool: Any) -> None:
-    """Wait until the cell before has healed wholly, so that no cell finds fewer workers than there should be."""
-    give_up = time.monotonic() + _FULL_SECONDS
-    while pool.size < pool.target and time.monotonic() < give_up:
-        pool.advance()
-        time.sleep(0.05)
+def _before(owner: type, method: str, act: Callable[..., None]) -> None:
+    """Have `act` called, with the same arguments, before each call of a method."""
+    whole = getattr(owner, method)
 
+    def wrapped(*given: Any, **named: Any) -> Any:
+        act(*given, **named)
+        return whole(*given, **named)
 
-def _victim(prefix: str, role: str) -> tuple[Any, list[int]]:
-    """A living actor of a role, and its process; of a node, a rollout worker away from the head, and its raylet with
-    all that descends from it."""
-    import ray
-    from ray._private.state import actors
-
-    head = ray.util.get_node_ip_address()
-    kind = "rollout" if role == "node" else role
-    alive = [a for a in actors(actor_state_name="ALIVE").values() if a["Name"].startswith(f"{prefix}/{kind}")]
-    if role == "node":
-        alive = [a for a in alive if a["Address"]["IPAddress"] != head]
-        return None, processes_of_node(alive[0]["Address"]["IPAddress"])
-    return ray.get_actor(alive[0]["Name"]), [alive[0]["Pid"]]
-
-
-def processes_of_node(address: str) -> list[int]:
-    """The raylet of the node with that address on this machine, before all that descends from it."""
-    import psutil
-
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet" and f"--node_ip_address={address}" in (process.info["cmdline"] or ()):
-            return [process.pid, *(child.pid for child in process.children(recursive=True))]
-    raise RuntimeError(f"no raylet has the address {address}")
-
-
-def _spoil(actor: Any, owner: str, method: str, fault: str) -> None:
-    """Have a method raise the next time it is called."""
-    target = getattr(actor, owner) if owner else actor
-    whole = getattr(target, method)
-
-    def once(*_: Any, **__: Any) -> None:
-        setattr(target, method, whole)
-        _raise(fault)
-
-    setattr(target, method, once)
-
-
-def _raise(fault: str) -> None:
-    if fault == "exception":
-        raise RuntimeError("an exception that nobody foresaw")
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + _HEADROOM, hard))
-    try:
-        bytearray(2 * _HEADROOM)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def fill(storage: Path) -> None:
-    """Leave no byte on a storage's file system."""
-    with (storage / "ballast").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(b"\0" * 4096)
-        except OSError:
-            return
+    setattr(owner, method, wrapped)
 
 
 if __name__ == "__main__":

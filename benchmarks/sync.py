@@ -7,7 +7,6 @@ torch tensors put and got as it is, loaded without any proof. These cases use al
 processes of their own.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from raylign.trainers.online.policy import PolicyActor, PolicySpec
 from raylign.trainers.stages import OnlineStage
 
 from .arena import Arena
+from .harness import all_cores
 from .measured import Case, Contest, Measured
 
 _ROUNDS = {"adapter": 5, "full": 5, "plain": 1}
@@ -151,15 +151,13 @@ def fleet(base: Path, most: int) -> Iterator[Fleet]:
     import ray
     from raylign.cluster.session import loopback_host
 
-    bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     here = {"_node_ip_address": host} if (host := loopback_host()) else {}
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, **here)
-    try:
-        yield Fleet(_with_tokenizer(base), most)
-    finally:
-        ray.shutdown()
-        os.sched_setaffinity(0, bound)
+    with all_cores():
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **here)
+        try:
+            yield Fleet(_with_tokenizer(base), most)
+        finally:
+            ray.shutdown()
 
 
 def cases() -> list[Case]:

@@ -33,14 +33,16 @@ each side on all cores, with its number as seed; phases, curves and time to a re
 """
 
 _CHAOS = """\
-`make chaos`: seconds from a fault, at the beginning of a phase, to the end of the next step; first the range over the
-phases and their number, then each. A run ended with the metrics, samples and weights of the undisturbed one and left no
-process, unless a cell says that it differs. *resumed*: the run ended with its reason, as it should where the disk is
-full, and `resume` went on.
+`make chaos`: seconds from a fault to the end of the next step; first the range over the phases and their number, then
+each. A fault comes as the role begins its part of a phase or, where it has none, as the loop enters it; the policy has
+two ranks. Where it took 0 s, others did the work, or only the step after needed the role. A run ended with the metrics,
+samples and weights of the undisturbed one and left no process, unless a cell says that it differs. *resumed*: the run
+ended with its reason, as it should where the disk is full, and `resume` went on.
 """
 
 _RECOVERY = """\
-A SIGKILL at the beginning of a phase in which the step waits for that role; two rollout workers, PPO with a reference.
+A SIGKILL at the beginning of a phase in which the step waits for that role; PPO with two rollout workers, two ranks of
+the policy and a reference, on all cores.
 """
 
 _GOODPUT = """\

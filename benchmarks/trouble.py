@@ -24,6 +24,7 @@ stages:
     steps: {steps}
     batch_size: 32
     learning_rate: 1e-3
+    policy: {{ranks: 2}}
     critic: {{learning_rate: 1e-3}}
     checkpoint_every: 2
     timeout_seconds: 10
@@ -81,7 +82,21 @@ def suffer(recipe: Path, storage: Path, cells: Mapping[int, Cell]) -> list[dict[
         ended.add(last)
         (storage / "ballast").unlink(missing_ok=True)
     metrics = _lines(storage / "chaos/metrics.jsonl")
-    return [_told(planned[d["number"]], d, d["number"] in ended, metrics) for d in _done(plan)]
+    return [_told(planned[d["number"]], moment(planned, plan, d), d["number"] in ended, metrics) for d in _done(plan)]
+
+
+def moment(planned: list[dict[str, Any]], plan: Path, done: dict[str, Any]) -> float:
+    """When a cell that is noted as done struck, in seconds since the epoch.
+
+    Raises `RuntimeError` where what was to make an actor fail was never called.
+    """
+    cell = planned[done["number"]]
+    if cell["role"] == "controller" or cell["fault"] in ("SIGKILL", "SIGSTOP"):
+        return done["time"]
+    for line in _lines(Path(f"{plan}.struck")):
+        if line["number"] == done["number"]:
+            return line["struck"]
+    raise RuntimeError(f"{Cell(cell['fault'], cell['role'], cell['phase']).name} was prepared and never happened")
 
 
 def _run(recipe: Path, storage: Path, plan: Path) -> int:
@@ -115,11 +130,11 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _told(cell: dict[str, Any], done: dict[str, Any], ended: bool, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+def _told(cell: dict[str, Any], moment: float, ended: bool, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     following = cell["step"] + (cell["phase"] == "checkpoint")
-    back = min(m["time"] for m in metrics if m["step"] >= following and m["time"] > done["time"])
+    back = min(m["time"] for m in metrics if m["step"] >= following and m["time"] > moment)
     outcome = "ended, resumed" if ended else "healed"
-    return {**cell, "time": done["time"], "outcome": outcome, "seconds": round(back - done["time"], 1)}
+    return {**cell, "time": moment, "outcome": outcome, "seconds": round(back - moment, 1)}
 
 
 def _done(plan: Path) -> list[dict[str, Any]]:
@@ -127,7 +142,9 @@ def _done(plan: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    from raylign.cluster.rundir import read_lines
+
+    return list(read_lines(path))
 
 
 def differences(calm: Path, troubled: Path) -> dict[int, list[str]]:

@@ -6,6 +6,7 @@ is ended before the next one begins; nothing else on the machine is looked at.
 """
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
@@ -36,6 +37,13 @@ class Attempt:
     """The run, where a supervisor waits for the controller's end."""
     seen: frozenset[str] = frozenset()
     """The run's progress when it was started."""
+    word: mmap.mmap | None = None
+    """A byte that it shares with the supervisor: not 0 once the run has ended, though its directory does not say so."""
+
+    def end(self) -> None:
+        """Tell the supervisor that the run ends with this controller, where that cannot be written down."""
+        if self.word:
+            self.word[0] = 1
 
     def may_die(self) -> bool:
         """Whether it may end on an exception that nobody foresaw as if it had been killed, to be begun again.
@@ -70,6 +78,7 @@ class _Supervisor:
     def __init__(self, run: RunDir, config: ControllerConfig, say: Callable[[str], None]) -> None:
         self._run, self._config, self._say = run, config, say
         self._child = self._ended = 0
+        self._word = mmap.mmap(-1, 1)
         self._asked: int | None = None
         """The signal by which this process was asked to end."""
 
@@ -87,7 +96,7 @@ class _Supervisor:
             failures = 1 if made - seen else failures + 1
             seen, again = seen | made, True
             self._heal(code, failures)
-        return Attempt(again, self._run, frozenset(seen))
+        return Attempt(again, self._run, frozenset(seen), self._word)
 
     def _start(self, handlers: dict[signal.Signals, Any]) -> bool:
         """Fork a controller, which takes signals as this process did before; false in it."""
@@ -126,6 +135,8 @@ class _Supervisor:
 
     def _died(self, code: int) -> bool:
         """Whether a controller ended by no will of its own or of the user."""
+        if self._word[0]:
+            return False
         state = self._run.status()
         unsaid = state.get("status") in AT_WORK and state.get("pid") == self._ended
         return self._asked is None and (code < 0 or (code not in _REFUSALS and unsaid))

@@ -152,24 +152,27 @@ def _conclude_failures(
             _withdraw(run, before)
         else:
             logger.exception("the run failed")
-            _conclude_quietly(config, run, "failed", f"{type(error).__name__}: {error}")
+            _conclude_quietly(config, run, attempt, "failed", f"{type(error).__name__}: {error}")
         raise
     except KeyboardInterrupt:
-        _conclude_quietly(config, run, "stopped", "ended at once by a second interrupt; the last checkpoint holds")
+        _conclude_quietly(
+            config, run, attempt, "stopped", "ended at once by a second interrupt; the last checkpoint holds"
+        )
         raise
     except Exception as error:
         logger.exception("the run failed")
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}; {_way_on(run)}"
         if isinstance(error, OSError) or not attempt.may_die():
-            _conclude_quietly(config, run, "failed", reason)
+            _conclude_quietly(config, run, attempt, "failed", reason)
         raise RunFailed(f"{reason} (the traceback is in {run / 'run.log'})") from error
 
 
-def _conclude_quietly(config: RunConfig, run: RunDir, status: str, reason: str) -> None:
+def _conclude_quietly(config: RunConfig, run: RunDir, attempt: Attempt, status: str, reason: str) -> None:
     """Write down how a run ended, if the disk still lets us: what ended it is what the user must see."""
     try:
         conclude(config, run, status, reason)
     except (OSError, RaylignError):
+        attempt.end()
         logger.exception("the end of the run could not be written down")
 
 
@@ -211,6 +214,11 @@ class _QuietFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the record."""
+
+    def close(self) -> None:
+        """Drop what is not written yet, too, where it cannot be: a full disk is not to hide why the run ended."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager

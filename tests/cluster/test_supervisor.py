@@ -101,6 +101,13 @@ def test_one_that_ends_without_a_word_died(start: Start) -> None:
     assert len(run.events("began")) == 2
 
 
+def test_one_that_cannot_write_down_its_end_is_believed(start: Start) -> None:
+    process, run = start("this.end()\nsys.exit(1)")
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert len(run.events("began")) == 1
+
+
 def test_what_nobody_foresaw_is_tried_once_more_until_there_is_a_new_checkpoint(start: Start) -> None:
     process, run = start(
         f"if attempt == 2:\n    {CHECKPOINT}\n"

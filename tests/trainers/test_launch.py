@@ -1,5 +1,6 @@
 """How a run ends on an exception that nobody foresaw: not at all, where its supervisor begins it again."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -46,3 +47,28 @@ def test_it_is_tried_once_more(begin: Callable[[BaseException, bool], RunDir]) -
 
 def test_what_the_machine_refuses_is_the_end_at_once(begin: Callable[[BaseException, bool], RunDir]) -> None:
     assert begin(OSError(28, "No space left on device"), False).summary()["status"] == "failed"
+
+
+def test_an_end_that_cannot_be_written_down_is_told_to_the_supervisor(
+    begin: Callable[[BaseException, bool], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    ended: list[RunDir | None] = []
+    monkeypatch.setattr(launch, "conclude", refuse)
+    monkeypatch.setattr(Attempt, "end", lambda attempt: ended.append(attempt.run))
+    run = begin(OSError(28, "No space left on device"), False)
+    assert (run.status()["status"], ended) == ("running", [run])
+
+
+def test_a_log_on_a_full_disk_does_not_hide_why_the_run_ended(tmp_path: Path) -> None:
+    (tmp_path / "run.log").symlink_to("/dev/full")
+
+    def fail() -> None:
+        with launch._log_to(RunDir(tmp_path)):
+            logging.getLogger("raylign").info("nobody reads this")
+            raise RunFailed("the reason")
+
+    with pytest.raises(RunFailed, match="the reason"):
+        fail()
