@@ -1,6 +1,7 @@
 """How a run ends on an exception that nobody foresaw: not at all, where its supervisor begins it again."""
 
 import logging
+import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -50,16 +51,18 @@ def test_what_the_machine_refuses_is_the_end_at_once(begin: Callable[[BaseExcept
 
 
 def test_an_end_that_cannot_be_written_down_is_told_to_the_supervisor(
-    begin: Callable[[BaseException, bool], RunDir], monkeypatch: pytest.MonkeyPatch
+    tiny_grpo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    ended: list[RunDir | None] = []
+    config = load_recipe(tiny_grpo("full"))
+    run = open_run(config, tmp_path / "runs", named=True, resume=False)
+    word = mmap.mmap(-1, 1)
     monkeypatch.setattr(launch, "conclude", refuse)
-    monkeypatch.setattr(Attempt, "end", lambda attempt: ended.append(attempt.run))
-    run = begin(OSError(28, "No space left on device"), False)
-    assert (run.status()["status"], ended) == ("running", [run])
+    with pytest.raises(RunFailed, match=r"No space left on device; no checkpoint had been written: `raylign resume"):
+        launch._conclude_failures(config, run, Attempt(run=run, word=word), {}, refuse)
+    assert word[0] == 1
 
 
 def test_a_log_on_a_full_disk_does_not_hide_why_the_run_ended(tmp_path: Path) -> None:
