@@ -103,8 +103,10 @@ class OnlineLoop:
         try:
             while not self.stopped and not self._went_on():
                 pass
-        except RaylignError as error:
+        except Exception as error:
             self._let_go()
+            if not isinstance(error, RaylignError):
+                raise
             raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
         finally:
             self._ahead.close()

@@ -4,6 +4,7 @@ Roles other than rollout work in this process.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +127,13 @@ def test_policy_and_critic_of_ppo_are_the_same_bits_undisturbed_and_resumed(trai
     assert run.events("resumed")
     assert samples(run) == samples(alone)
     assert {k: v for k, v in left(run).items() if k in learned} == {k: left(alone)[k] for k in learned}
+
+
+def test_what_nobody_foresaw_costs_no_checkpoint_that_is_being_written(train: Train, tmp_path: Path) -> None:
+    def break_down(_: RunDir, done: int) -> None:
+        if done == 2:
+            raise ZeroDivisionError("by an owl")
+
+    with pytest.raises(ZeroDivisionError, match="by an owl"):
+        train("startled", "grpo", break_down, steps=4, checkpoint_every=1)
+    assert [folder.name for folder in (tmp_path / "startled/checkpoints").iterdir()] == ["step-000001"]
