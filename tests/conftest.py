@@ -56,6 +56,7 @@ def tiny_grpo(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
 
 
 TINY_REWARDS = """\
+import os
 import time
 
 
