@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,16 +21,17 @@ def importing() -> Iterator[None]:
     installed, which for a few functions would load torch's compiler (0.8 s), and on a CPU would run it in the first of
     them.
     """
-    collects, before = gc.isenabled(), os.environ.get(_NO_COMPILER)
+    collects, before, known = gc.isenabled(), os.environ.get(_NO_COMPILER), len(sys.modules)
     gc.disable()
     os.environ[_NO_COMPILER] = "1"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_NO_COMPILER]
+            os.environ.pop(_NO_COMPILER, None)
         else:
             os.environ[_NO_COMPILER] = before
-        gc.freeze()
+        if len(sys.modules) > known:
+            gc.freeze()
         if collects:
             gc.enable()

@@ -46,7 +46,7 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALON
         before = run.status()
         try:
             if not attempt.again:
-                run.desire(stop=False, rollout=None)
+                run.desire(stop=False, rollout=None, reward=None)
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             run.update_status(run=run.name, status="preparing", reason="", **here)
             inputs = _prove(config, run, signals, say)

@@ -111,7 +111,8 @@ class Batch:
             return
         stage, roles, finished = self._source.stage, self._source.roles, self.finished
         if stage.dynamic_sampling:
-            wanted, found = stage.prompts_per_step, sum(map(has_variance, finished))
+            # what is carried may have variance yet: it is not drawn again meanwhile
+            wanted, found = stage.prompts_per_step, sum(map(has_variance, finished)) + len(self.carried)
             if count := further_prompts(wanted, found, self.drawn, wanted * stage.dynamic_sampling.limit):
                 self._generate(self._draw(count))
                 return

@@ -5,7 +5,7 @@ Shapes: P prompt tokens, T completion tokens, B rows of a micro-batch, L its lon
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,16 +48,22 @@ class MicroBatch(NamedTuple):
     counts: bool = True
 
 
-def rank_batches(lengths: Sequence[int], max_tokens: int, ranks: int) -> list[list[MicroBatch]]:
+def rank_batches(
+    lengths: Sequence[int], max_tokens: int, ranks: int, kinds: Sequence[Any] | None = None
+) -> list[list[MicroBatch]]:
     """The micro-batches of each rank, as many for each: sharded weights are gathered by all ranks together.
 
-    Rows go to the rank that has the fewest tokens, the longest first. A rank that has fewer micro-batches than others
-    computes the shortest row, which counts for nothing.
+    Rows go to the rank that has the fewest tokens, the longest first; those of unlike kinds never meet. A rank that has
+    fewer micro-batches than others computes the shortest row, which counts for nothing.
     """
+    kinds = kinds or [0] * len(lengths)
     cut: list[list[MicroBatch]] = []
     for share in _shares(lengths, ranks):
-        batches = micro_batches([lengths[i] for i in share], max_tokens)
-        cut.append([MicroBatch([share[i] for i in rows]) for rows in batches])
+        cut.append([])
+        for kind in sorted({kinds[i] for i in share}):
+            alike = [i for i in share if kinds[i] == kind]
+            batches = micro_batches([lengths[i] for i in alike], max_tokens)
+            cut[-1] += [MicroBatch([alike[i] for i in rows]) for rows in batches]
     most = max(map(len, cut))
     idle = MicroBatch([min(range(len(lengths)), key=lengths.__getitem__)], counts=False) if lengths else None
     return [batches + [idle] * (most - len(batches)) for batches in cut if idle]

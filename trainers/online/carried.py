@@ -28,23 +28,25 @@ def keep_carried(folder: Path, groups: Sequence[Group]) -> None:
     tensors = {name: np.concatenate([getattr(s, name) for s in samples]) for name in ("tokens", "logprobs")}
     told = [{"origin": group.origin, "samples": [_facts(sample) for sample in group.samples]} for group in groups]
     try:
-        save_file(tensors, folder / _FILE, {"groups": json.dumps(told)})
+        tensors["groups"] = np.frombuffer(json.dumps(told).encode(), np.uint8)  # a header holds 100 MB at most
+        save_file(tensors, folder / _FILE)
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"the carried groups cannot be written to {folder / _FILE}: {error}") from error
 
 
 def _facts(sample: Sample) -> dict[str, object]:
-    return {"finish_reason": sample.finish_reason, "spans": sample.spans, "text": sample.text}
+    text = sample.text if sample.finish_reason else ""  # of what goes on it is made anew
+    return {"finish_reason": sample.finish_reason, "spans": sample.spans, "text": text}
 
 
 def kept_carried(folder: Path, prompts: Sequence[Prompt]) -> list[Group]:
     """The groups that `keep_carried` wrote, of the prompts that they were drawn from."""
-    from safetensors import safe_open
+    from safetensors.numpy import load_file
 
     if not (folder / _FILE).exists():
         return []
-    with safe_open(folder / _FILE, "numpy") as file:
-        told, tokens, logprobs = json.loads(file.metadata()["groups"]), *map(file.get_tensor, ("tokens", "logprobs"))
+    held = load_file(folder / _FILE)
+    told, tokens, logprobs = json.loads(held["groups"].tobytes()), held["tokens"], held["logprobs"]
     groups, begin = [], 0
     for each in told:
         samples: list[Sample] = []

@@ -15,6 +15,12 @@ import numpy as np
 
 from .batch import TrainSample
 
+_LONGEST = 8192
+"""Tokens in a row that is shared, since its mask has their square."""
+
+_LOOK_BACK = 512
+"""Samples in a row at most, so that finding the cuts stays cheap."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -78,6 +84,11 @@ class Bundle:
     rows: tuple[Row, ...]
 
     @property
+    def kind(self) -> tuple[int, bool]:
+        """Only bundles of a kind are alike enough for one forward: as many rows each, all with a mask or none."""
+        return len(self.rows), self.rows[0].shared
+
+    @property
     def tokens(self) -> int:
         """Tokens of its rows, the shorter padded."""
         return len(self.rows) * max(row.length for row in self.rows)
@@ -96,25 +107,27 @@ class Packing:
     pair_cost: float | None = None
     window: int | None = None
 
-    def bundles(self, samples: Sequence[TrainSample]) -> list[Bundle]:
-        """The samples at the least cost, each with what it is preferred to in a pair.
+    def bundles(self, samples: Sequence[TrainSample], at_most: int = _LONGEST) -> list[Bundle]:
+        """The samples at the least cost, each with what it is preferred to in a pair; `at_most` bounds a shared row.
 
         Which share a row depends on the samples alone, not on their order.
         """
+        longest = min(at_most, self.max_tokens, _LONGEST)
         order = sorted(range(len(samples)), key=lambda i: (_key(samples[i]), i))
         ordered = [samples[i] for i in order]
-        alone = [self._alone(sample) for sample in ordered]
+        alone = [self._alone(sample, longest) for sample in ordered]
         bundles = [
             Bundle(tuple(order[a:b]), alone[a] if b == a + 1 else (_row(ordered[a:b]),))
-            for a, b in self._cuts(ordered, alone)
+            for a, b in self._cuts(ordered, alone, longest)
         ]
         return sorted(bundles, key=lambda bundle: bundle.places)
 
-    def _alone(self, sample: TrainSample) -> tuple[Row, ...]:
+    def _alone(self, sample: TrainSample, longest: int) -> tuple[Row, ...]:
         """The rows of a sample that shares with no other."""
         apart = tuple(Row.of([row]) for row in sample.rows)
         together = (_row([sample]),)
-        return together if self._shares(sample) and self._cost(together) < self._cost(apart) else apart
+        shares = self._shares(sample) and together[0].length <= longest
+        return together if shares and self._cost(together) < self._cost(apart) else apart
 
     def _shares(self, sample: TrainSample) -> bool:
         whole = self.window is None or all(row.length <= self.window for row in sample.rows)
@@ -125,7 +138,9 @@ class Packing:
         pair = self.pair_cost or 0.0
         return sum(row.length + row.length**2 * (pair if row.shared else pair / 2) for row in rows)
 
-    def _cuts(self, samples: Sequence[TrainSample], alone: Sequence[tuple[Row, ...]]) -> list[tuple[int, int]]:
+    def _cuts(
+        self, samples: Sequence[TrainSample], alone: Sequence[tuple[Row, ...]], longest: int
+    ) -> list[tuple[int, int]]:
         """Where to cut sorted samples into rows; the best cut of the first n from the best cuts of fewer."""
         lengths = np.array([_row([s]).length for s in samples], np.int64)
         two = [_row([a, b]).length for a, b in pairwise(samples)]
@@ -135,7 +150,7 @@ class Packing:
         for end in range(1, len(samples) + 1):
             first = max(0, end - _LOOK_BACK)
             tokens = lengths[first:end] + grown[end - 1] - grown[first:end]
-            fits = (tokens <= min(self.max_tokens, _LONGEST)) & np.logical_and.accumulate(share[first:end][::-1])[::-1]
+            fits = (tokens <= longest) & np.logical_and.accumulate(share[first:end][::-1])[::-1]
             costs = np.where(fits, tokens + tokens**2 * (self.pair_cost or 0.0), np.inf)
             costs[-1] = self._cost(alone[end - 1])
             costs += least[first:end]
@@ -145,13 +160,6 @@ class Packing:
         while cuts[-1]:
             cuts.append(int(starts[cuts[-1]]))
         return list(pairwise(cuts[::-1]))
-
-
-_LONGEST = 8192
-"""Tokens in a row that is shared, since its mask has their square."""
-
-_LOOK_BACK = 512
-"""Samples in a row at most, so that finding the cuts stays cheap."""
 
 
 def inputs(sample: TrainSample) -> np.ndarray:

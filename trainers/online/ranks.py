@@ -55,8 +55,11 @@ class Ranks:
     def batches(self, samples: Sequence[TrainSample], packing: Packing) -> list[tuple[list[Bundle], bool]]:
         """The micro-batches of this rank, as many as every rank has, of samples that all ranks know, and whether they
         count."""
-        bundles = packing.bundles(samples)
-        cut = rank_batches([bundle.tokens for bundle in bundles], packing.max_tokens, self.size)
+        tokens = sum(row.length for sample in samples for row in sample.rows)
+        bundles = packing.bundles(samples, at_most=tokens // (2 * self.size) if self.size > 1 else tokens)
+        # a mask is for all rows of a forward, and hides from those of one sample what only layers know: their window
+        kinds = [bundle.kind for bundle in bundles]
+        cut = rank_batches([bundle.tokens for bundle in bundles], packing.max_tokens, self.size, kinds)
         return [([bundles[i] for i in rows], counts) for rows, counts in cut[self.rank]] if cut else []
 
     def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -64,7 +67,7 @@ class Ranks:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or any(isinstance(gradient, DTensor) for gradient in gradients):
             return
-        for dtype in {gradient.dtype for gradient in gradients}:
+        for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):  # in one order on all ranks
             alike = [gradient for gradient in gradients if gradient.dtype == dtype]
             flat = torch.cat([gradient.flatten() for gradient in alike])
             dist.all_reduce(flat)

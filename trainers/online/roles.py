@@ -11,7 +11,7 @@ from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
 from ...cluster.errors import WorkerFailed, WorkerLost
-from ...cluster.placement import release, reserve
+from ...cluster.placement import node_of, release, reserve
 from ...cluster.process_group import Seat, open_store
 from ...cluster.weights import WeightVersion
 from ...rollout.fleet import Note
@@ -25,11 +25,8 @@ from .checkpoints import Written
 from .critic import CriticActor
 from .policy import PolicyActor, PolicySpec, ReferenceActor
 from .samples import write_samples
-from .scorers import Coming, Scorers
+from .scorers import LOAD_SECONDS, Coming, Scorers
 from .scoring import Scoring, Then
-
-LOAD_SECONDS = 1800.0
-"""How long an actor may take to load its model or its rewards once it has a place."""
 
 _STATELESS = {"max_restarts": 3, "max_task_retries": 3}
 """Ray starts these again elsewhere and repeats the call: what they answer depends on what they are asked alone."""
@@ -90,7 +87,8 @@ class Roles:
         have learned nothing yet. Raises `DoesNotFit` for one without a place after `wait_seconds`, `WorkerLost` for one
         that is not up `LOAD_SECONDS` later, and what a constructor raised.
         """
-        stage, self.scorers.steady = self._stage, False
+        stage = self._stage
+        self.scorers.close()  # one on its way must not take the place of who is missing
         stateless = {} if self._wished else _STATELESS  # Ray would bind one whose node died to it for ever
         self._actors.settle(self._answering, tick)
         new = self._begin_group("policy", PolicyActor, stage.policy, tick)
@@ -102,7 +100,7 @@ class Roles:
             self._actors.begin(name, *self._scorer(), tick, **stateless)
             self.scorers.join(name, self._actors[name], self._actors.node(name))
         placed()
-        others = [[name] for name in self._answering()]
+        others = [[name] for name in self._answering() if not self.scorers.leaves(name)]
         for names in [*self._groups(), *others]:
             self._actors.answers(
                 names, "its start", tick, self._actors.call(names, "__ray_ready__"), timeout=LOAD_SECONDS
@@ -122,12 +120,20 @@ class Roles:
         """Ask for another scorer and a place for it; returns at once."""
         role, resources, given = self._scorer()
         placement = reserve(f"{self._prefix}{name}", resources)
-        return Coming(self._actors.made(name, role, resources, given, placement, **_STATELESS), placement)
+        try:
+            return Coming(self._actors.made(name, role, resources, given, placement, **_STATELESS), placement)
+        except BaseException:
+            release(placement)
+            raise
 
     def keep(self, name: str, coming: Coming) -> str:
         """Count a scorer that is up among the actors; gives its node."""
         self._actors.keep(name, coming.actor, coming.placement)
         return self._actors.node(name)
+
+    def stands(self, coming: Coming) -> bool:
+        """Whether a scorer on its way has its place."""
+        return node_of(coming.placement) is not None
 
     def give_up(self, coming: Coming) -> None:
         """End a scorer that was on its way."""

@@ -20,6 +20,12 @@ from ...rollout.inbox import Inbox
 from ...rollout.pool_rules import moves, pause
 from .scoring import Scoring
 
+LOAD_SECONDS = 1800.0
+"""How long an actor may take to load its model or its rewards once it has a place."""
+
+LEAVE_SECONDS = 60.0
+"""How long one that has nothing left to do may take to say what it has counted."""
+
 
 @dataclass(slots=True, eq=False)
 class Coming:
@@ -28,6 +34,8 @@ class Coming:
     actor: Any
     placement: Any
     since: float = field(default_factory=time.time)
+    placed: float | None = None
+    """When it was seen to have its place, of the monotonic clock."""
 
 
 class Crew(Protocol):
@@ -39,6 +47,10 @@ class Crew(Protocol):
 
     def keep(self, name: str, coming: Coming) -> str:
         """Count a scorer that is up among the actors of the stage; gives its node."""
+        ...
+
+    def stands(self, coming: Coming) -> bool:
+        """Whether one on its way has its place."""
         ...
 
     def give_up(self, coming: Coming) -> None:
@@ -59,8 +71,8 @@ class Scorers:
         self._there: dict[str, Any] = {}
         """Those that are up and stay, the oldest first."""
         self._leaving: dict[str, Any] = {}
-        self._asked: set[str] = set()
-        """Of those who leave, who was asked for the counters that remain of him."""
+        self._asked: dict[str, float] = {}
+        """Of those who leave, who was asked for the counters that remain of him, and when."""
         self._coming: dict[str, Coming] = {}
         self._left: Counter[str] = Counter()
         """The counters of those who are gone because fewer were asked for."""
@@ -88,7 +100,7 @@ class Scorers:
         """One was ended."""
         for names in (self._there, self._leaving):
             names.pop(name, None)
-        self._asked.discard(name)
+        self._asked.pop(name, None)
         self._scoring.leave(name)
 
     def scale(self, target: int) -> int:
@@ -113,12 +125,29 @@ class Scorers:
             self._leaving[name] = self._there.pop(name)
             self._scoring.drain(name)
         for name in [name for name in self._leaving if name not in self._asked and self._scoring.idle(name)]:
-            self._asked.add(name)
+            self._asked[name] = time.monotonic()
             self._inbox.expect(self._leaving[name].counters.remote(), partial(self._on_done, name))
+        self._give_up_late()
+
+    def _give_up_late(self) -> None:
+        """Let nobody who hangs stay on his way in or out."""
+        now = time.monotonic()
+        for name in [name for name, asked in self._asked.items() if now - asked > LEAVE_SECONDS]:
+            self._crew.end_one(name)
+            self._note("scorer_left", scorer=name)
+        for name, coming in list(self._coming.items()):
+            if coming.placed is None:
+                coming.placed = now if self._crew.stands(coming) else None
+            elif now - coming.placed > LOAD_SECONDS:
+                self._start_failed(name, coming, f"{name} did not start within {LOAD_SECONDS:.0f} s")
 
     def ask_counters(self) -> tuple[Counter[str], dict[str, Any]]:
-        """What is counted of those who left, and the calls for the counters of the others."""
-        return Counter(self._left), {n: a.counters.remote() for n, a in (self._there | self._leaving).items()}
+        """What is counted of those who left, and the calls for the counters of those who stay."""
+        return Counter(self._left), {name: actor.counters.remote() for name, actor in self._there.items()}
+
+    def leaves(self, name: str) -> bool:
+        """Whether one only finishes what it was given."""
+        return name in self._leaving
 
     def waiting(self, prefix: str) -> list[Wait]:
         """Those on their way."""
@@ -138,14 +167,18 @@ class Scorers:
         if coming is None:  # it was given up
             return
         if error := _error(name, "its start", future):
-            self._crew.give_up(coming)
-            self._failed_starts += 1
-            self._join_after = time.monotonic() + pause(self._failed_starts)
-            self._note("scorer_failed", scorer=name, reason=str(error))
+            self._start_failed(name, coming, str(error))
             return
         self._failed_starts = 0
         self.join(name, coming.actor, self._crew.keep(name, coming))
         self._note("scorer_joined", scorer=name)
+
+    def _start_failed(self, name: str, coming: Coming, reason: str) -> None:
+        self._coming.pop(name, None)
+        self._crew.give_up(coming)
+        self._failed_starts += 1
+        self._join_after = time.monotonic() + pause(self._failed_starts)
+        self._note("scorer_failed", scorer=name, reason=reason)
 
     def _on_done(self, name: str, future: "Future[Any]") -> None:
         if name not in self._asked:  # it was lost meanwhile

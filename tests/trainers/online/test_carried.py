@@ -33,7 +33,8 @@ def test_what_is_kept_is_read_bit_for_bit(tmp_path: Path) -> None:
         for a, b in zip(got.samples, group.samples, strict=True):
             assert (a.tokens.tolist(), a.logprobs.tobytes()) == (b.tokens.tolist(), b.logprobs.tobytes())
             assert (a.tokens.dtype, a.logprobs.dtype) == (np.int32, np.float32)
-            assert (a.finish_reason, a.spans, a.text) == (b.finish_reason, b.spans, b.text)
+            assert (a.finish_reason, a.spans) == (b.finish_reason, b.spans)
+            assert a.text == (b.text if b.finish_reason else "")  # what goes on is decoded anew
 
 
 def test_nothing_is_written_of_no_groups_and_what_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def test_a_pair_stays_together() -> None:
     assert [row.ids_L.tolist() for row in apart.rows] == [[1, 2, 3], [1, 2, 4]]
     assert [row.ids_L.tolist() for row in together.rows] == [[1, 2, 3, 4]]
     assert (apart.tokens, together.tokens) == (6, 4)
+    assert [row.length for row in Packing(3, pair_cost=0.0).bundles([one])[0].rows] == [3, 3]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -116,6 +117,17 @@ def test_log_probs_and_gradients_are_those_of_samples_apart(architecture: str, t
 
     wanted = gradient(Packing(10_000))
     assert (gradient(packing) - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_a_sample_longer_than_the_window_keeps_it_beside_those_that_share_a_row(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "mistral-sliding", sliding_window=16)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    samples = [*groups(1, 8, (3, 9)), sample(range(3, 43), range(3, 13))]
+    packing = packing_for(model, 10_000)
+    assert sorted(len(b.places) for b in packing.bundles(samples)) == [1, 8]
+    apart = logprobs_of(model, samples, 1.0, Packing(10_000), Ranks("cpu"))
+    for got, wanted in zip(logprobs_of(model, samples, 1.0, packing, Ranks("cpu")), apart, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-5)
 
 
 def random_model(config: PreTrainedConfig) -> PreTrainedModel:

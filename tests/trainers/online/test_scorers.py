@@ -49,6 +49,7 @@ class Stage:
         self.scoring = Scoring(self.inbox, 60)
         self.asked: dict[str, Actor] = {}
         self.ended: list[str] = []
+        self.placeless: set[str] = set()
         bounds = ElasticWorkers(min=low, max=high, start=start)
         self.scorers = Scorers(bounds, self, self.scoring, self.inbox, lambda kind, **_: self.notes.append(kind))
         for name in self.scorers.missing():
@@ -63,6 +64,9 @@ class Stage:
     def keep(self, name: str, coming: Coming) -> str:
         assert coming.placement == name
         return "there"
+
+    def stands(self, coming: Coming) -> bool:
+        return coming.placement not in self.placeless
 
     def give_up(self, coming: Coming) -> None:
         self.ended.append(coming.placement)
@@ -107,7 +111,7 @@ def test_more_get_groups_once_they_are_up_and_the_newest_leave_when_they_have_fi
     stage.hear()
     assert (stage.scorers.count, stage.ended, back) == (1, ["reward-2"], [2])
     before, open_calls = stage.scorers.ask_counters()
-    assert (before, list(open_calls)) == (Counter(), ["reward-0", "reward-1"])
+    assert (before, list(open_calls)) == (Counter(), ["reward-0"])  # of who leaves, when it has left
     second.answer()
     stage.hear()
     second.done.set_result({"errors/taste": 4.0})
@@ -148,3 +152,27 @@ def test_who_is_lost_is_started_under_his_name_with_all_that_are_missing() -> No
     assert list(stage.asked) == ["reward-0", "reward-1", "reward-2"]
     stage.scorers.close()
     assert stage.ended == ["reward-0", "reward-2"]
+
+
+def test_who_hangs_on_the_way_in_or_out_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=lambda: 0.0))
+    stage = Stage(1, 4, 2)
+    stage.scorers.scale(1)
+    clock[0] += module.LEAVE_SECONDS + 1
+    stage.scorers.reconcile()
+    assert stage.ended == ["reward-1"]
+    stage.placeless.add("reward-2")
+    stage.scorers.scale(2)
+    for _ in range(2):  # without a place it is a wish that stands
+        clock[0] += module.LOAD_SECONDS + 1
+        stage.scorers.reconcile()
+    stage.placeless.clear()
+    stage.scorers.reconcile()
+    assert stage.ended == ["reward-1"]
+    clock[0] += module.LOAD_SECONDS + 1
+    stage.scorers.reconcile()
+    assert (stage.ended[1:], stage.notes) == (["reward-2"], ["scorer_left", "scorer_failed"])
+    stage.asked["reward-2"].up.set_result(True)
+    stage.hear()
+    assert stage.scorers.count == 1
