@@ -141,7 +141,7 @@ class HeldUpdates(RolesHere):
         self.seen = getattr(self, "seen", [])
         wanted = min(step + self.ahead, self._stage.steps - 1)
         result: Future[Any] = ThreadPoolExecutor(1).submit(self._hold, wanted)
-        self._answers(["policy-0"], "the hold", tick, [SimpleNamespace(future=lambda: result)])
+        self._actors.answers(["policy-0"], "the hold", tick, [SimpleNamespace(future=lambda: result)])
         return super().update(samples, step, kl_coefficient, tick=tick)
 
     def score(self, group: Any, then: Callable[[Any], None]) -> None:
