@@ -107,7 +107,7 @@ def test_a_stop_a_resume_and_a_killed_worker_change_nothing(
     with once(lambda: at_step(run_dir, first.steps + 5), lambda: kill_worker(run_dir)):
         last = go_on()
     assert last.restarts == 1
-    assert {e["checkpoint"] for e in run_dir.events("checkpoint_refused")} == {kept[-1]}  # again where it was killed early
+    assert {e["checkpoint"] for e in run_dir.events("checkpoint_refused")} == {kept[-1]}
     assert (last.steps, last.stopped) == (40, False)
     assert losses(tmp_path, "cpt") == losses(undisturbed[0], "cpt")
     assert same(weights(last.model.base), weights(undisturbed[1].model.base))
