@@ -142,7 +142,7 @@ def recipe_of(plan: Plan, start: Start, seed: int) -> dict[str, Any]:
         "clip": {"dual": None},
         "mismatch": None,
         "kl": None,
-        "policy": {"cpus": len(_CORES)},
+        "policy": {"ranks": len(_CORES), "shard": False},
     }
     stage["rollout"] |= {"group_size": plan.group, "sampling": {"temperature": 1.0, "max_tokens": plan.max_tokens}}
     model = {"path": str(start.base)}
