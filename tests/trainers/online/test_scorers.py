@@ -2,7 +2,6 @@
 
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,29 +15,21 @@ from raylign.trainers.online import scorers as module
 from raylign.trainers.online.scorers import Coming, Scorers
 from raylign.trainers.online.scoring import Scoring
 
+from .test_scoring import Scorer
+
 
 def call() -> tuple["Future[Any]", Any]:
     future: Future[Any] = Future()
     return future, SimpleNamespace(remote=lambda *_: SimpleNamespace(future=lambda: future))
 
 
-class Actor:
-    """A scorer."""
+class Actor(Scorer):
+    """A scorer that is up, and says what it has counted, when the test says so."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.up, self.__ray_ready__ = call()
         self.done, self.counters = call()
-        self.asked: list[tuple[Group, Future[Any]]] = []
-        self.score = SimpleNamespace(remote=self._score)
-
-    def _score(self, given: Group) -> SimpleNamespace:
-        future: Future[Any] = Future()
-        self.asked.append((given, future))
-        return SimpleNamespace(future=lambda: future)
-
-    def answer(self) -> None:
-        given, future = self.asked.pop(0)
-        future.set_result(replace(given, worker="scored"))
 
 
 class Stage:
