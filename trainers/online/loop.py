@@ -32,8 +32,8 @@ from .ahead import Ahead, Batch, Prompt, Source, Start
 from .batch import TrainSample
 from .carried import keep_carried, kept_carried
 from .checkpoints import Checkpoints
-from .experience import annotated, every_sample, has_variance, shaped, train_samples
-from .metrics import kl_metrics, rollout_metrics, spans_by_worker, version_metrics
+from .experience import annotated, every_sample, shaped, train_samples
+from .metrics import group_metrics, kl_metrics, spans_by_worker, time_metrics
 from .progress import Progress
 from .roles import Roles
 
@@ -239,17 +239,11 @@ class OnlineLoop:
 
     def _record(self, batch: Batch, groups: list[Group], learned: dict[str, float]) -> None:
         """Write what the step was like; `groups` are those it learned from."""
-        step, finished, seconds = batch.ledger.step, batch.finished, sum(self._phases.values())
-        scored = shaped(finished, self._stage)
-        sound = [g for g in scored if not g.error]
-        metrics = (rollout_metrics(sound) if sound else {}) | version_metrics(finished)
-        metrics |= kl_metrics(groups, self._progress.kl_coefficient) | learned
-        metrics["groups/no_variance"] = float(sum(not g.error and not has_variance(g) for g in finished))
+        step, finished, scored = batch.ledger.step, batch.finished, shaped(batch.finished, self._stage)
+        metrics = group_metrics(finished, scored) | kl_metrics(groups, self._progress.kl_coefficient) | learned
         metrics["groups/drawn"] = float(batch.drawn)
         metrics["groups/carried"] = float(len(batch.carried))
-        metrics |= {f"seconds/{phase}": took for phase, took in self._phases.items()}
-        metrics["tokens_per_second"] = metrics.get("tokens", 0.0) / max(seconds, 1e-9)
-        metrics["groups/error"] = float(len(finished) - len(sound))
+        metrics |= time_metrics(self._phases, metrics.get("tokens", 0.0))
         metrics["version"] = float(self._weights.current.version)
         metrics["workers/rollout"] = float(self._pool.size)
         low, high = self.workers_seen

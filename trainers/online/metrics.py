@@ -1,10 +1,11 @@
 """What a step of online RL says of itself: pure functions from groups and phase times to numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ...rollout.records import Group
+from .experience import has_variance
 from .progress import completion_kl
 
 
@@ -63,3 +64,19 @@ def spans_by_worker(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
         start, end = spans.get(group.worker, (group.start, group.start))
         spans[group.worker] = (min(start, group.start), max(end, group.start + group.seconds))
     return spans
+
+
+def group_metrics(finished: Sequence[Group], scored: Sequence[Group]) -> dict[str, float]:
+    """What a step's finished groups were like, and, `scored`, what they are worth in the end."""
+    sound = [group for group in scored if not group.error]
+    return (rollout_metrics(sound) if sound else {}) | {
+        **version_metrics(finished),
+        "groups/no_variance": float(sum(not g.error and not has_variance(g) for g in finished)),
+        "groups/error": float(len(finished) - len(sound)),
+    }
+
+
+def time_metrics(phases: Mapping[str, float], tokens: float) -> dict[str, float]:
+    """Seconds in each phase of a step, and its tokens a second."""
+    seconds = {f"seconds/{phase}": took for phase, took in phases.items()}
+    return seconds | {"tokens_per_second": tokens / max(sum(phases.values()), 1e-9)}
