@@ -14,11 +14,14 @@ from .workloads import Workload
 class Native:
     """The native engine; one request a group, so that a shared prompt is prefilled once."""
 
-    def __init__(self, folder: Path, dtype: Dtype, *, slots: int, max_length: int, threads: int = 1) -> None:
+    def __init__(
+        self, folder: Path, dtype: Dtype, *, slots: int, max_length: int, threads: int = 1, device: str = "cpu"
+    ) -> None:
         from raylign.rollout.native.engine import NativeEngine  # pyright: ignore[reportMissingImports]
 
-        names = TORCH_NAMES[dtype]
-        self.engine = NativeEngine(folder, slots=slots, max_length=max_length, dtype=names, threads=threads)
+        self.engine = NativeEngine(
+            folder, slots=slots, max_length=max_length, dtype=TORCH_NAMES[dtype], threads=threads, device=device
+        )
 
     def run(self, work: Workload, pair: int, adapters: Sequence[str | None] = ()) -> Measured:
         """Generate all requests; `adapters` is one digest or none a request."""
@@ -58,7 +61,7 @@ class Generate:
         import torch
         from trl.trainer.utils import pad
 
-        rows = [torch.tensor(ids) for ids in prompts]
+        rows = [torch.tensor(ids, device=self.model.device) for ids in prompts]
         ids = pad(rows, padding_value=0, padding_side="left")
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left")
         with torch.no_grad():
@@ -73,10 +76,10 @@ class Generate:
 class ContinuousBatching:
     """`transformers` continuous batching, each request with its own length, which `generate_batch` cannot take."""
 
-    def __init__(self, folder: Path, dtype: Dtype, *, slots: int, max_length: int) -> None:
+    def __init__(self, folder: Path, dtype: Dtype, *, slots: int, max_length: int, device: str = "cpu") -> None:
         from transformers import ContinuousBatchingConfig
 
-        self.model = load_model(folder, dtype)
+        self.model = load_model(folder, dtype, device)
         page = 32
         self.config = ContinuousBatchingConfig(
             page_size=page, num_blocks=slots * (-(-max_length // page) + 1), max_batch_tokens=1024

@@ -46,14 +46,14 @@ def rows_by_adapter(names: list[str]) -> dict[str, list[int]]:
 class PeftPeer:
     """PEFT with all adapters loaded on transformers' own model."""
 
-    def __init__(self, folder: Any, dtype: Dtype, count: int) -> None:
+    def __init__(self, folder: Any, dtype: Dtype, count: int, device: str = "cpu") -> None:
         import torch
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(1)
         # init_lora_weights=False makes B random instead of zero.
         self.config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules="all-linear", init_lora_weights=False)
-        self.model: Any = get_peft_model(load_model(folder, dtype), self.config, adapter_name="a0")
+        self.model: Any = get_peft_model(load_model(folder, dtype, device), self.config, adapter_name="a0")
         for i in range(1, count):
             self.model.add_adapter(f"a{i}", self.config)
         self.model.eval()
@@ -64,7 +64,7 @@ class PeftPeer:
         from peft import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, adapter_name=name)
-        return {key: value.float().numpy() for key, value in state.items()}
+        return {key: value.float().cpu().numpy() for key, value in state.items()}
 
     def mixed(self, work: Workload, count: int, pair: int) -> Measured:
         """One batch with `adapter_names`."""
@@ -82,10 +82,12 @@ class PeftPeer:
         return measure(work.useful, all_in_turn)
 
 
-def _adapted(arena: Arena, size: str, dtype: Dtype, slots: int, max_length: int, count: int) -> Native:
+def adapted(
+    arena: Arena, size: str, dtype: Dtype, slots: int, max_length: int, count: int, device: str = "cpu"
+) -> Native:
     """Our engine with the PEFT peer's adapters."""
-    peft: PeftPeer = arena.get(PeftPeer, arena.folder(size, dtype), dtype, count)
-    native = Native(arena.folder(size, dtype), dtype, slots=slots, max_length=max_length)
+    peft: PeftPeer = arena.get(PeftPeer, arena.folder(size, dtype), dtype, count, device)
+    native = Native(arena.folder(size, dtype), dtype, slots=slots, max_length=max_length, device=device)
     config = {**peft.config.to_dict(), "peft_type": "LORA"}
     for i in range(count):
         native.engine.load_adapter(f"a{i}", peft.tensors(f"a{i}"), config)
@@ -111,7 +113,7 @@ def _case(size: str, dtype: Dtype, sizes: tuple[int, int, int], count: int, peer
 
 def _contest(size: str, dtype: Dtype, work: Workload, count: int, peer: str, arena: Arena) -> Contest:
     rows, loaded = len(work.lengths), max(count, max(_COUNTS))
-    ours: Native = arena.get(_adapted, arena, size, dtype, rows, work.longest, loaded)
+    ours: Native = arena.get(adapted, arena, size, dtype, rows, work.longest, loaded)
 
     def our_side(work: Workload, pair: int) -> Measured:
         return ours.run(work, pair, names_for(rows, count, pair))
@@ -130,6 +132,6 @@ def _peer(
 ) -> Callable[[Workload, int], Measured]:
     if peer == "base":
         return arena.native(size, dtype, slots=len(work.lengths), max_length=work.longest).run
-    peft: PeftPeer = arena.get(PeftPeer, arena.folder(size, dtype), dtype, loaded)
+    peft: PeftPeer = arena.get(PeftPeer, arena.folder(size, dtype), dtype, loaded, "cpu")
     side = peft.mixed if peer == "peft" else peft.switching
     return lambda work, pair: side(work, count, pair)

@@ -40,6 +40,8 @@ SHAPES = {
     "1M": Shape(vocabulary=2048, hidden=128, intermediate=384, layers=4, heads=4),
     "25M": Shape(vocabulary=16384, hidden=512, intermediate=1408, layers=6, heads=8),
     "120M": Shape(vocabulary=49152, hidden=768, intermediate=2304, layers=12, heads=12),
+    "500M": Shape(vocabulary=151936, hidden=896, intermediate=4864, layers=24, heads=14),
+    "3B": Shape(vocabulary=128256, hidden=3072, intermediate=8192, layers=28, heads=24),
 }
 
 
@@ -67,7 +69,7 @@ def save_model(size: str, dtype: Dtype, folder: Path) -> Path:
     return folder
 
 
-def load_model(folder: Path, dtype: Dtype) -> Any:
+def load_model(folder: Path, dtype: Dtype, device: str = "cpu") -> Any:
     """The model as a peer uses it: transformers' own class with SDPA, no gradients kept."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -76,7 +78,7 @@ def load_model(folder: Path, dtype: Dtype) -> Any:
         folder, dtype=getattr(torch, TORCH_NAMES[dtype]), attn_implementation="sdpa", local_files_only=True
     )
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model.eval().to(device)
 
 
 _TEMPLATE = (

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
-        "gpu": None,
+        "gpu": _gpu_name(),
     }
+
+
+def _gpu_name() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
 def _cpu_name() -> str:
@@ -36,8 +43,8 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages of this environment, and the commit of the code."""
-    found = {name: metadata.version(name) for name in _PACKAGES}
+    """Python, those of the packages that this environment has, and the commit of the code."""
+    found = {name: metadata.version(name) for name in _PACKAGES if find_spec(name)}
     return {"python": platform.python_version(), **found, "raylign": _commit()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylign.trainers.online.batch import TrainSample  # pyright: ignore[reportMissingImports]
 
-from .models import load_model
+from .models import Dtype, load_model
 
 RANK = 16
 
@@ -20,23 +20,14 @@ def lora() -> Any:
 
 
 def config_of(output: Path, **settings: Any) -> Any:
-    """A `GRPOConfig` in fp32 on the CPU with DAPO's aggregation and without a KL."""
+    """A `GRPOConfig` in fp32 on the CPU with DAPO's aggregation and without a KL, unless `settings` say otherwise."""
     from trl import GRPOConfig
 
-    return GRPOConfig(
-        output_dir=str(output),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        beta=0.0,
-        loss_type="dapo",
-        epsilon_high=0.28,
-        max_grad_norm=1.0,
-        **settings,
-    )
+    here = {"use_cpu": True, "bf16": False, "report_to": "none", "beta": 0.0, "loss_type": "dapo"}
+    return GRPOConfig(output_dir=str(output), **here | {"epsilon_high": 0.28, "max_grad_norm": 1.0} | settings)
 
 
-def trainer(folder: Path, *, adapter: bool, **settings: Any) -> Any:
+def trainer(folder: Path, *, adapter: bool, dtype: Dtype = "fp32", device: str = "cpu", **settings: Any) -> Any:
     """A trainer without data of its own; `settings` go to `GRPOConfig`."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -45,9 +36,9 @@ def trainer(folder: Path, *, adapter: bool, **settings: Any) -> Any:
 
     logging.getLogger("trl").setLevel(logging.ERROR)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="a"))
-    config = config_of(folder / "trl", **settings)
+    config = config_of(folder / "trl", use_cpu=device == "cpu", **settings)
     return GRPOTrainer(
-        model=load_model(folder, "fp32"),
+        model=load_model(folder, dtype, device),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * config.generation_batch_size}),
@@ -59,11 +50,14 @@ def trainer(folder: Path, *, adapter: bool, **settings: Any) -> Any:
 class TrlUpdate:
     """A policy update by TRL's loss path: `compute_loss` of each micro-batch, backward, clipping, AdamW."""
 
-    def __init__(self, folder: Path, *, adapter: bool, rows: int, micro_rows: int, checkpointing: bool) -> None:
+    def __init__(
+        self, folder: Path, *, adapter: bool, rows: int, micro_rows: int, checkpointing: bool, **where: Any
+    ) -> None:
         self.parts = rows // micro_rows
         self.trainer = trainer(
             folder,
             adapter=adapter,
+            **where,
             per_device_train_batch_size=micro_rows,
             gradient_accumulation_steps=self.parts,
             gradient_checkpointing=checkpointing,
@@ -89,7 +83,7 @@ class TrlUpdate:
             self.trainer.compute_loss(self.trainer.model, part).backward()
 
 
-def padded(samples: Sequence[TrainSample]) -> dict[str, Any]:
+def padded(samples: Sequence[TrainSample], device: str = "cpu") -> dict[str, Any]:
     """Samples as `GRPOTrainer` has them after generation: prompts padded on the left, completions on the right, each
     to the longest of all."""
     import torch
@@ -97,7 +91,7 @@ def padded(samples: Sequence[TrainSample]) -> dict[str, Any]:
 
     prompts = [torch.from_numpy(s.prompt.astype("int64")) for s in samples]
     completions = [torch.from_numpy(s.tokens.astype("int64")) for s in samples]
-    return {
+    batch = {
         "prompt_ids": pad(prompts, padding_value=0, padding_side="left"),
         "prompt_mask": pad([torch.ones_like(row) for row in prompts], padding_value=0, padding_side="left"),
         "completion_ids": pad(completions, padding_value=0, padding_side="right"),
@@ -105,3 +99,4 @@ def padded(samples: Sequence[TrainSample]) -> dict[str, Any]:
         "advantages": torch.tensor([float(s.advantages[0]) for s in samples]),
         "num_items_in_batch": torch.tensor(float(sum(len(s.tokens) for s in samples))),
     }
+    return {name: tensor.to(device) for name, tensor in batch.items()}

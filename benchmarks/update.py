@@ -75,7 +75,7 @@ def samples_of(work: Workload, pair: int) -> list[TrainSample]:
     ]
 
 
-def policy(folder: Path, kind: Kind) -> Policy:
+def policy(folder: Path, kind: Kind, dtype: str = "float32", gpus: float = 0) -> Policy:
     """Ours, with the settings that TRL has."""
     stage = OnlineStage.model_validate(
         {
@@ -88,9 +88,10 @@ def policy(folder: Path, kind: Kind) -> Policy:
             "steps": 1000,
             "clip": {"dual": None},
             "mismatch": None,
+            "policy": {"gpus": gpus},
         }
     )
-    return Policy(PolicySpec(base=folder, base_digest="", adapter=None, stage=stage, seed=0, dtype="float32"))
+    return Policy(PolicySpec(base=folder, base_digest="", adapter=None, stage=stage, seed=0, dtype=dtype))
 
 
 def trl(folder: Path, kind: Kind, rows: int, peer: str) -> TrlUpdate:
@@ -101,14 +102,14 @@ def trl(folder: Path, kind: Kind, rows: int, peer: str) -> TrlUpdate:
     )
 
 
-def gradient_gap(ours: Policy, theirs: TrlUpdate, samples: list[TrainSample]) -> float:
+def gradient_gap(ours: Policy, theirs: TrlUpdate, samples: list[TrainSample], device: str = "cpu") -> float:
     """The norm of the difference of both gradients, from the same weights, over the norm of theirs."""
     import torch
 
     ours._model.zero_grad()  # of the case before
     theirs.trainer.model.load_state_dict(ours._model.state_dict())
     ours._backward(samples, kl_coefficient=0.0)
-    theirs.backward(padded(samples))
+    theirs.backward(padded(samples, device))
     gaps, norms = [], []
     for (name, mine), (other, parameter) in zip(
         ours._model.named_parameters(), theirs.trainer.model.named_parameters(), strict=True

@@ -9,7 +9,7 @@ Shapes: T tokens, H heads, K key-value heads, D head dimensions, N blocks of B t
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from .attention import Scratch, padded
 from .blocks import BLOCK
 from .kernels import as_array
 from .memory import HugePages
+
+if TYPE_CHECKING:
+    from .device import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,16 @@ class PagedCache(Cache):
         self.name = f"raylign-paged-{id(self)}"
         self._places = places
         self._scratches: dict[tuple[int, ...], Scratch] = {}
-        self._batch: Batch | None = None
+        self._batch: Any = None
+        """Whose the tokens are: a `Batch`, on a GPU its `Places`."""
+        self._copies: dict[int, int] = {}
+        """Blocks to be filled, and from which."""
         attend = weakref.WeakMethod(self.attend)  # the registry must not keep an engine's memory alive
         AttentionInterface.register(self.name, lambda *states, **settings: attend()(*states, **settings))  # pyright: ignore[reportOptionalCall]
         weakref.finalize(self, AttentionInterface._global_mapping.pop, self.name, None)
 
-    def begin(self, batch: Batch) -> None:
-        """Tell whose the tokens of the coming forward are."""
+    def begin(self, batch: "Batch | Places") -> None:
+        """Tell whose the tokens of the coming forward are, and where it runs."""
         self._batch = batch
 
     def update(
@@ -77,19 +83,28 @@ class PagedCache(Cache):
         if s_aux is not None:
             raise NotImplementedError("attention sinks")
         assert self._batch is not None
-        layer, q = self.layer(module.layer_idx), query[0].transpose(0, 1).float().contiguous()
+        layer, q = self.layer(module.layer_idx), query[0].transpose(0, 1)
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         limits = (scale, sliding_window or 0, softcap or 0.0)
-        if q.device.type == "cpu":
-            out = layer.attend_on_cpu(q, self._batch, *limits, self.scratch(layer, q.shape[1]))
+        if isinstance(self._batch, Batch):
+            out = layer.attend_on_cpu(q.float().contiguous(), self._batch, *limits, self.scratch(layer, q.shape[1]))
         else:
-            out = layer.attend_on_device(q, self._batch, *limits)
+            out = layer.attend_on_device(q.contiguous(), self._batch, *limits)
         return out.to(query.dtype)[None], None
 
     def copy(self, source: list[int], to: list[int]) -> None:
-        """Copy whole blocks."""
+        """Copy whole blocks, all together before the next forward; of two copies to a block the later counts."""
+        self._copies.update(zip(to, source, strict=True))
+
+    def settle(self) -> None:
+        """Make the copies that were asked for: a block is read as it was before all of them."""
+        if not self._copies:
+            return
+        pair = torch.tensor([list(self._copies), list(self._copies.values())])
+        to, source = pair.to(self.layer(0).keys.device)
         for layer in self._each():
             layer.keys[to], layer.values[to] = layer.keys[source], layer.values[source]
+        self._copies.clear()
 
     def scratch(self, layer: "PagedLayer", heads: int) -> Scratch:
         """Memory for the attention of a layer with so many query heads; layers take turns."""
@@ -119,15 +134,14 @@ class PagedLayer(CacheLayerMixin):
         self.values: torch.Tensor = _zeros((blocks, heads, BLOCK, padded(self._size)), keys, memory)  # pyright: ignore
         self.is_initialized = True
 
-    def store(self, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> None:
+    def store(self, k: torch.Tensor, v: torch.Tensor, batch: "Batch | Places") -> None:
         """Write states `[T, K, D]` to their tokens' places."""
-        if self.keys.device.type == "cpu":
+        if isinstance(batch, Batch):
             attention.store(*(as_array(x) for x in (self.keys, self.values, k, v)), *_places(batch))
-            return
-        blocks = torch.from_numpy(batch.tables[batch.rows, batch.positions // BLOCK]).long()
-        places = torch.from_numpy(batch.positions % BLOCK)
-        self.keys[blocks, :, :, places] = k
-        self.values[blocks, :, places, : self._size] = v
+        else:
+            from .device_kernels import store
+
+            store(k.contiguous(), v.contiguous(), self.keys, self.values, batch)
 
     def attend_on_cpu(
         self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float, scratch: Scratch
@@ -139,23 +153,13 @@ class PagedLayer(CacheLayerMixin):
         attention.attend(q.numpy(), keys, values, *_places(batch), *limits, out.numpy(), *scratch.arrays)
         return out
 
-    def attend_on_device(self, q: torch.Tensor, batch: Batch, scale: float, window: int, cap: float) -> torch.Tensor:
-        """The same in torch's own operations, for a GPU; a few tokens at a time, to bound the gathered blocks."""
-        heads, shared = self.keys.shape[1], q.shape[1] // self.keys.shape[1]
-        parts: list[torch.Tensor] = []
-        for some in torch.arange(len(q)).split(64):
-            positions = torch.from_numpy(batch.positions)[some]
-            count = int(positions.max()) // BLOCK + 1
-            blocks = torch.from_numpy(batch.tables[batch.rows[some.numpy()], :count]).long().to(q.device)
-            keys = self.keys[blocks].float().permute(0, 2, 3, 1, 4).flatten(3)
-            values = self.values[blocks][..., : self._size].float().permute(0, 2, 1, 3, 4).flatten(2, 3)
-            scores = q[some.to(q.device)].view(len(some), heads, shared, -1) @ keys * scale
-            scores = cap * torch.tanh(scores / cap) if cap else scores
-            places, last = torch.arange(count * BLOCK), positions[:, None]
-            hidden = (places > last) | ((places <= last - window) if window else False)
-            scores = scores.masked_fill(hidden[:, None, None].to(q.device), float("-inf"))
-            parts.append((scores.softmax(-1) @ values).flatten(1, 2))
-        return torch.cat(parts)
+    def attend_on_device(
+        self, q: torch.Tensor, places: "Places", scale: float, window: int, cap: float
+    ) -> torch.Tensor:
+        """The same on a GPU, in the type of the queries."""
+        from .device_kernels import attend
+
+        return attend(q, self.keys, self.values, self._size, places, scale, window, cap)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Not asked for: `PagedCache.update` stores."""

@@ -17,11 +17,17 @@ from transformers.pytorch_utils import Conv1D
 from ...cluster.errors import InputError
 from .blocks import BLOCK
 from .cache import Batch, PagedCache
+from .device import PROMPT_TOKENS as DEVICE_PROMPT_TOKENS
+from .device import DeviceForward, Places
+from .device_llama import DeviceLlama
 from .experts import EngineExperts, replace_experts
 from .linear import EngineLinear, Shared
 from .llama import LlamaForward, fits
 from .lora import LoraBank
 from .norms import replace_norms
+
+PROMPT_TOKENS = 256
+"""Prompt tokens of a forward on a CPU at most: longer prompts come in pieces, so that running rows do not wait."""
 
 ROWS = 8
 """Tokens of a forward come in multiples of this, idle ones fill it up: torch computes the end of a tensor that is no
@@ -60,12 +66,16 @@ class Decoder:
         _check_attention(config, self._name)
         self._sliding: int | None = getattr(config, "sliding_window", None)
         self._parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
-        self._shared = Shared(threads)
+        self._shared = Shared(threads, on_device=self.device.type != "cpu")
         self.blocks_per_row = -(-self.max_length // BLOCK)
         self.blocks = rows * self.blocks_per_row
         self._layers: dict[str, EngineLinear] = {}
         self._experts: list[EngineExperts] = []
-        self._fast: LlamaForward | None = None
+        self._fast: LlamaForward | DeviceLlama | None = None
+        self._device: DeviceForward | None = None
+        self.prompt_tokens = PROMPT_TOKENS if self.device.type == "cpu" else DEVICE_PROMPT_TOKENS
+        """Tokens of prompts that a forward may have."""
+        self._rows = rows
         self._released: dict[str, EngineLinear] = {}
         """By the name of their weight, layers that keep it in packed form alone."""
         self._cache = self._proven_cache()
@@ -73,14 +83,18 @@ class Decoder:
         self.adapters = LoraBank(self._layers)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, wanted: Sequence[int]) -> torch.Tensor:
+    def forward(self, batch: Batch, wanted: Sequence[int], newest: int = 0) -> torch.Tensor:
         """Store the batch's tokens in the cache; the logits `[len(wanted), V]` float32 after those at these places.
 
-        A token's numbers depend on its own row alone.
+        The first `newest` tokens are those of running rows, the others of prompts. A token's numbers depend on its own
+        row alone. On a GPU the logits of running rows are good until the next call.
         """
+        self._cache.settle()
+        if self._device:
+            return self._device(batch, wanted, newest, self.blocks, self._shared.layout)
         batch = _filled(batch, self.blocks)
         self._shared.adapters = batch.adapters if (batch.adapters >= 0).any() else None
-        if self._fast:
+        if isinstance(self._fast, LlamaForward):
             return self._fast(batch, wanted).float()
         self._cache.begin(batch)
         logits = self.model(
@@ -89,6 +103,21 @@ class Decoder:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self.device),
+        ).logits
+        return logits[0].float()
+
+    def _on_places(self, places: Places, adapted: bool) -> torch.Tensor:
+        """The logits of one shape of a GPU's forward."""
+        self._shared.adapters = places.adapters if adapted else None
+        self._cache.begin(places)
+        if isinstance(self._fast, DeviceLlama):
+            return self._fast(places)
+        logits = self.model(
+            input_ids=places.tokens.long()[None],
+            position_ids=places.positions.long()[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=places.wanted.long(),
         ).logits
         return logits[0].float()
 
@@ -142,10 +171,15 @@ class Decoder:
         self._cache = PagedCache(states, self.blocks + 1, self.max_length, self._shared.memory)
         self._put_in_layers()
         self.model.set_attn_implementation(self._cache.name)
-        self._fast = LlamaForward(self.model, self._cache) if fits(self.model) else None
+        self._fast = self._fewer_calls()
+        if self._shared.on_device:
+            config = self.model.config.get_text_config(decoder=True)
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            shared = config.num_attention_heads // heads
+            self._device = DeviceForward(self._on_places, self._rows - 1, self.blocks_per_row, shared, self.device)
         table = np.arange(self.blocks_per_row, dtype=np.int32)[None]
         got: list[torch.Tensor] = []
-        middle = size // 2
+        middle = min(size // 2, ROWS)
         # As it comes later: a first piece of several tokens, then one at a time.
         for begin, end in [(0, middle), *((i, i + 1) for i in range(middle, size))]:
             places = np.arange(begin, end)
@@ -155,6 +189,13 @@ class Decoder:
         if not difference < (0.01 if self.model.dtype == torch.float32 else 0.1):
             raise ValueError(f"its logits differ by {float(difference):.1%} from a plain forward")
         return self._cache
+
+    def _fewer_calls(self) -> LlamaForward | DeviceLlama | None:
+        if not fits(self.model):
+            return None
+        if not self._shared.on_device:
+            return LlamaForward(self.model, self._cache)
+        return DeviceLlama(self.model, self._cache, self.max_length)
 
     def _put_in_layers(self) -> None:
         """Replace linear layers and norms by the engine's; the head computes in float32, where bfloat16 would tie."""

@@ -52,7 +52,9 @@ class NativeEngine:
             folder, rows=slots + 1, max_length=max_length, dtype=dtype, device=device, threads=threads
         )
         decoder = self._decoder
-        self._schedule = Schedule(slots, decoder.blocks, decoder.blocks_per_row, decoder.copy_blocks)
+        self._schedule = Schedule(
+            slots, decoder.blocks, decoder.blocks_per_row, decoder.prompt_tokens, decoder.copy_blocks
+        )
         self._state = np.zeros(slots, STATE)
         self._unfinished: Counter[str] = Counter()
         self._tokenizer: Any = None
@@ -146,12 +148,12 @@ class NativeEngine:
             slot = running[i]
             self._schedule.extend(slot, self._schedule.row(slot).blocks, int(state["position"][i]) + 1)
         if not running and not pieces:
-            return torch.empty(0, self.vocabulary)
+            return torch.empty(0, self.vocabulary, device=self._decoder.device)
         batch = self._batch(running, state, pieces)
         ends = len(running) + np.cumsum([p.end - p.begin for p in pieces], dtype=np.int64) - 1
         wanted = [*range(len(running)), *(int(end) for end, p in zip(ends, pieces, strict=True) if p.last)]
         try:
-            logits = self._decoder.forward(batch, wanted)
+            logits = self._decoder.forward(batch, wanted, len(running))
         except BaseException:
             self._schedule.forget()
             raise
@@ -216,7 +218,7 @@ class NativeEngine:
     def _next(self, logits: torch.Tensor, state: np.ndarray, rows: list[Row]) -> Any:
         """Draw a token for each row. Raises `RequestsFailed` before anything is advanced."""
         with torch.inference_mode():
-            drawn = draw(logits, knobs_of(state), uniforms(state["key"], state["drawn"]))
+            drawn = draw(logits, knobs_of(state), uniforms(state["key"], state["drawn"]), self.slots)
         bad = [row for row, good in zip(rows, np.isfinite(drawn.logprobs), strict=True) if not good]
         if bad:
             self._refuse(bad)

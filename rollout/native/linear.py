@@ -18,11 +18,15 @@ from .memory import HugePages
 class Shared:
     """What all linear layers of an engine have in common. `threads` is for products on a CPU."""
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self, threads: int = 1, *, on_device: bool = False) -> None:
         self.multiply = matmul.Products(threads)
         self.memory = HugePages()
-        self.adapters: np.ndarray | None = None
-        """Each token's adapter in the coming forward, `[T]`; None when no token has one."""
+        self.on_device = on_device
+        """Whether the layers compute on a GPU."""
+        self.adapters: np.ndarray | torch.Tensor | None = None
+        """Each token's adapter in the coming forward, `[T]`; None when no token has one. On a GPU in its memory."""
+        self.layout = 0
+        """How often the memory of adapters on a GPU was laid out anew."""
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -54,17 +58,28 @@ class EngineLinear(nn.Module):
         """`a` `[n, r, I]` and `b` `[n, r, O]` of all adapters, where any targets this layer."""
         self._has = np.full(1, -1)
         """By an adapter's number, its place in `factors`; -1, also at the end, where it has none."""
+        self._has_there: torch.Tensor | None = None
+        """The same in a GPU's memory."""
+        self._plain: torch.Tensor | None = None
         self.pack()
 
     def pack(self, weight: torch.Tensor | None = None) -> None:
         """Take over new weights: these, or what the parameters hold now."""
         new: torch.Tensor = self.weight.detach() if weight is None else weight
         new = new.t().contiguous() if self._transposed else new
-        if self._device.type == "cpu":
+        if not self._shared.on_device:
             self._pack(new.to(torch.bfloat16 if self._pairs else torch.float32))
-        else:
-            self._plain = new.to(self._device, self._dtype)
+        elif self._plain is None:
+            self._plain = new
+        elif self._plain.data_ptr() != new.data_ptr():
+            self._plain.copy_(new)  # where it lies, the graphs know
         self.take_bias()
+
+    def move(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Have weights of the same numbers lie there, as a part of a larger product's."""
+        self.weight.data = self._plain = weight
+        if bias is not None:
+            self.bias.data = self._bias = bias
 
     def _pack(self, weight: torch.Tensor) -> None:
         if self._packed is None:
@@ -92,8 +107,7 @@ class EngineLinear(nn.Module):
         """`[..., I]` to `[..., O]`."""
         flat = x.reshape(-1, self.in_features)
         out = self._on_device(flat) if self._packed is None else self._on_cpu(flat, self._packed)
-        if self.factors is not None and self._shared.adapters is not None:
-            self._add_adapters(flat, out, self._has[self._shared.adapters])
+        self.add_adapters(flat, out)
         return out.to(self._dtype).view(*x.shape[:-1], self.out_features)
 
     def _on_cpu(self, x: torch.Tensor, packed: np.ndarray) -> torch.Tensor:
@@ -105,7 +119,11 @@ class EngineLinear(nn.Module):
         return out
 
     def _on_device(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x.to(self._dtype), self._plain, self._bias)
+        assert self._plain is not None
+        if self._plain.dtype == self._dtype:
+            return functional.linear(x.to(self._dtype), self._plain, self._bias)
+        out = torch.mm(x.to(self._plain.dtype), self._plain.t(), out_dtype=self._dtype)
+        return out if self._bias is None else out + self._bias
 
     def put(self, number: int, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take an adapter's factors `a` `[r, I]` and `b` `[O, r]` under a number of the bank's."""
@@ -118,14 +136,16 @@ class EngineLinear(nn.Module):
                 place[len(new) :] = 0
                 place = place[: len(new)]
             place.copy_(new)
-        self._cover(number)
-        self._has[number] = number
+        self._set(number, number)
 
     def _grow(self, count: int, rank: int) -> None:
         """Make place for `count` adapters of `rank`, beside those that are there."""
         old = self.factors
+        if self._shared.on_device:
+            rank = 1 << (rank - 1).bit_length()
         if old is not None:
             count, rank = max(count, len(old[0]) * 3 // 2), max(rank, old[0].shape[1])
+        self._shared.layout += 1
         self.factors = (
             torch.zeros((count, rank, self.in_features), device=self._device),
             torch.zeros((count, rank, self.out_features), device=self._device),
@@ -135,24 +155,54 @@ class EngineLinear(nn.Module):
 
     def remove(self, number: int) -> None:
         """The adapter of this number does not change this layer, or not any more."""
-        self._cover(number)
-        self._has[number] = -1
+        self._set(number, -1)
 
-    def _cover(self, number: int) -> None:
+    def _set(self, number: int, place: int) -> None:
         missing = number + 2 - len(self._has)
         if missing > 0:
             self._has = np.concatenate([self._has, np.full(missing, -1)])
-
-    def _add_adapters(self, x: torch.Tensor, out: torch.Tensor, which: np.ndarray) -> None:
-        assert self.factors is not None
-        a, b = self.factors
-        if out.device.type == "cpu":
-            if len(self._hidden) < a.shape[1]:
-                self._hidden = np.empty(a.shape[1], np.float32)
-            x_, out_ = kernels.as_array(x.contiguous()), kernels.as_array(out)
-            kernels.add_lora(x_, which, a.numpy(), b.numpy(), out_, self._hidden)
+        self._has[number] = place
+        if not self._shared.on_device:
             return
-        rows = torch.from_numpy(np.flatnonzero(which >= 0)).to(out.device)
-        of = torch.from_numpy(which[which >= 0]).to(out.device)
-        delta = torch.bmm(torch.bmm(x[rows].float()[:, None], a[of].mT), b[of])[:, 0]
-        out[rows] = (out[rows] + delta).to(out.dtype)
+        if self._has_there is None or len(self._has_there) < len(self._has):
+            self._has_there = torch.full((2 * len(self._has),), -1, dtype=torch.int32, device=self._device)
+            self._shared.layout += 1
+        self._has_there[: len(self._has)] = torch.from_numpy(self._has)
+
+    def add_adapters(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Add to `out` `[T, O]`, the layer's of `x` `[T, I]`, what each token's own adapter does."""
+        which = self._shared.adapters
+        if self.factors is None or which is None:
+            return
+        a, b = self.factors
+        if isinstance(which, torch.Tensor):
+            from .device_kernels import add_lora
+
+            assert self._has_there is not None
+            add_lora(x, which, self._has_there, a, b, out)
+            return
+        if len(self._hidden) < a.shape[1]:
+            self._hidden = np.empty(a.shape[1], np.float32)
+        x_, out_ = kernels.as_array(x.contiguous()), kernels.as_array(out)
+        kernels.add_lora(x_, self._has[which], a.numpy(), b.numpy(), out_, self._hidden)
+
+
+class Joined:
+    """Several linear layers on a GPU that have one input, as one product."""
+
+    def __init__(self, layers: list[EngineLinear]) -> None:
+        self._layers = layers
+        self._sizes = [layer.out_features for layer in layers]
+        with torch.inference_mode(False), torch.no_grad():  # weights are replaced in other modes, too
+            self._weight = torch.cat([layer.weight.detach() for layer in layers])
+            self._bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
+            biases = [None] * len(layers) if self._bias is None else self._bias.split(self._sizes)
+            for layer, weight, bias in zip(layers, self._weight.split(self._sizes), biases, strict=True):
+                layer.move(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, I]` to `[T, O]`, the layers' outputs side by side."""
+        out = functional.linear(x, self._weight, self._bias)
+        for layer, part in zip(self._layers, out.split(self._sizes, dim=1), strict=True):
+            layer.add_adapters(x, part)
+        return out

@@ -23,14 +23,17 @@ _NONE = torch.empty(0)
 
 
 def fits(model: Any) -> bool:
-    """Whether `LlamaForward` computes what this model does, on a CPU; asked after the engine's layers are in."""
+    """Whether `LlamaForward` or, on a GPU, `DeviceLlama` computes what this model does; asked after the engine's layers
+    are in."""
     config = model.config
     return (
         type(model).__name__ in _MODELS
-        and model.device.type == "cpu"
         and config.hidden_act == "silu"
         and not getattr(config, "use_sliding_window", False)
-        and all(isinstance(layer.input_layernorm, EngineNorm) for layer in model.model.layers)
+        and (
+            model.device.type != "cpu"
+            or all(isinstance(layer.input_layernorm, EngineNorm) for layer in model.model.layers)
+        )
     )
 
 

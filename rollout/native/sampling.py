@@ -83,25 +83,26 @@ class Drawn:
         return [TopLogprobs(ids[i, :n], logprobs[i, :n]) if n else None for i, n in enumerate(counts.tolist())]
 
 
-def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray) -> Drawn:
+def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray, most: int = 0) -> Drawn:
     """Draw one token per row by the inverse CDF: the first token whose cumulative probability exceeds the uniform.
 
     `logits` `[n, V]` float32 stay as they are. They are divided by the temperature, then cut to tokens with min_p of
     the best one's probability, then to the top k, then to the smallest set that holds top_p of what is left (ties with
     its last token stay in). The order is vLLM's; transformers cuts by min_p last, which keeps more tokens where both
     min_p and top_p are set. Log-probs are of that distribution; greedy rows take the argmax and its log-softmax at
-    T = 1. A row whose logits are not finite numbers gets the log-prob NaN.
+    T = 1. A row whose logits are not finite numbers gets the log-prob NaN. On a GPU, `most` is how many rows there ever
+    are: always so many are drawn, since their number decides in which order torch adds up.
     """
     if logits.device.type != "cpu":
         from .sampling_device import draw_on_device
 
-        return draw_on_device(logits, knobs, uniform)
+        return draw_on_device(logits, knobs, uniform, most)
     from .sampling_kernel import draw_rows
 
     rows, size = logits.shape
-    most = min(int(knobs.top_logprobs.max(initial=0)), size)
+    ranks = min(int(knobs.top_logprobs.max(initial=0)), size)
     drawn = Drawn(np.empty(rows, np.int64), np.empty(rows, np.float32))
-    top = TopLogprobs(np.empty((rows, most), np.int32), np.empty((rows, most), np.float32))
+    top = TopLogprobs(np.empty((rows, ranks), np.int32), np.empty((rows, ranks), np.float32))
     draw_rows(
         logits.contiguous().numpy(),
         np.ascontiguousarray(knobs.temperature),
@@ -115,4 +116,4 @@ def draw(logits: "torch.Tensor", knobs: Knobs, uniform: np.ndarray) -> Drawn:
         top.ids,
         top.logprobs,
     )
-    return replace(drawn, top=top) if most else drawn
+    return replace(drawn, top=top) if ranks else drawn

@@ -13,9 +13,6 @@ from ..records import GenerationRequest
 from .blocks import BLOCK, BlockPool, prefix_keys
 from .rows import Prompt, Row
 
-PROMPT_TOKENS = 256
-"""Prompt tokens of a step at most: longer prompts come in pieces, so that running rows do not wait for them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -33,9 +30,14 @@ class Piece:
 
 
 class Schedule:
-    """Slots, waiting prompts and blocks. `copy` copies blocks of the cache, from some to as many others."""
+    """Slots, waiting prompts and blocks. `copy` copies blocks of the cache, from some to as many others.
 
-    def __init__(self, slots: int, blocks: int, per_row: int, copy: Callable[[list[int], list[int]], None]) -> None:
+    A step has at most `prompt_tokens` of prompts: longer ones come in pieces, so that running rows do not wait.
+    """
+
+    def __init__(
+        self, slots: int, blocks: int, per_row: int, prompt_tokens: int, copy: Callable[[list[int], list[int]], None]
+    ) -> None:
         self.rows: list[Row | None] = [None] * slots
         """By slot, the running row."""
         self.reserved: dict[int, Prompt] = {}
@@ -47,6 +49,7 @@ class Schedule:
         self.reused = 0
         """Prompt tokens that were found in the cache, since the start."""
         self._pool = BlockPool(blocks)
+        self._prompt_tokens = prompt_tokens
         self._copy = copy
 
     def running(self) -> list[int]:
@@ -75,9 +78,9 @@ class Schedule:
                 return
 
     def pieces(self) -> list[Piece]:
-        """The next tokens of the prompts that have a slot, up to `PROMPT_TOKENS`; their blocks are taken."""
+        """The next tokens of the prompts that have a slot, up to `prompt_tokens`; their blocks are taken."""
         pieces: list[Piece] = []
-        room = PROMPT_TOKENS
+        room = self._prompt_tokens
         first: dict[int, tuple[int, Prompt]] = {}
         for slot, prompt in self.reserved.items():
             first.setdefault(id(prompt), (slot, prompt))

@@ -27,9 +27,12 @@ class Traits:
     """The same bits for a row in any company."""
     tolerance: float
     """How far its log-probs may lie from those of a plain forward."""
+    goes_on: bool = True
+    """Exact even where a row's tokens come as another's prompt: prompts and new tokens go through one product."""
 
 
 TRAITS = {"native": Traits(exact=True, tolerance=1e-4), "vllm": Traits(exact=False, tolerance=1e-3)}
+ON_A_GPU = Traits(exact=True, tolerance=2e-4, goes_on=False)
 
 _WITHOUT_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed here: make test-vllm")
 
@@ -37,17 +40,27 @@ WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "num_attention_heads"
 """vLLM has no attention for heads of fewer than 32 dimensions."""
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")],
+    ),
+]
+
+
 class Shop:
     """Builds an engine for a model folder; keeps the last one, since some take half a minute to start."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.traits = name, TRAITS[name]
+    def __init__(self, name: str, device: str = "cpu") -> None:
+        self.name, self._device = name, device
+        self.traits = TRAITS[name] if device == "cpu" else ON_A_GPU
         self._kept: tuple[Path, Engine] | None = None
 
     def engine(self, folder: Path) -> Engine:
         if self._kept is None or self._kept[0] != folder or self._kept[1].busy:
             self.close()
-            self._kept = folder, ENGINES[self.name](folder, SLOTS, MAX_LENGTH, "float32", "cpu")
+            self._kept = folder, ENGINES[self.name](folder, SLOTS, MAX_LENGTH, "float32", self._device)
         return self._kept[1]
 
     def close(self) -> None:
@@ -57,11 +70,24 @@ class Shop:
         self._kept = None
 
 
-@pytest.fixture(scope="module", params=["native", pytest.param("vllm", marks=[pytest.mark.vllm, _WITHOUT_VLLM])])
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the native engine computes."""
+    return request.param
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "native",
+        pytest.param("native-cuda", marks=DEVICES[1].marks),
+        pytest.param("vllm", marks=[pytest.mark.vllm, _WITHOUT_VLLM]),
+    ],
+)
 def shop(request: pytest.FixtureRequest) -> Iterator[Shop]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    made = Shop(request.param)
+    made = Shop(*request.param.split("-"))
     yield made
     made.close()
     torch.set_num_threads(threads)

@@ -79,7 +79,7 @@ def test_a_prefix_that_was_seen_is_read_from_the_cache_and_changes_no_bit(llama:
 def test_long_prompts_come_in_pieces_while_the_others_go_on(llama: Path, monkeypatch: pytest.MonkeyPatch):
     long = replace(request(0), prompt=np.arange(100, dtype=np.int32) % VOCABULARY)
     whole = generate(NativeEngine(llama, slots=8, max_length=128), [long])["r0"]
-    monkeypatch.setattr("raylign.rollout.native.schedule.PROMPT_TOKENS", 30)
+    monkeypatch.setattr("raylign.rollout.native.decoder.PROMPT_TOKENS", 30)
     engine = NativeEngine(llama, slots=8, max_length=128)
     engine.submit(request(1, max_tokens=20))
     engine.step()
@@ -205,7 +205,7 @@ def test_a_prompt_in_pieces_with_no_row_running_gives_the_tokens_of_transformers
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Steps with only a first piece of a prompt want no logits at all."""
-    monkeypatch.setattr("raylign.rollout.native.schedule.PROMPT_TOKENS", 32)
+    monkeypatch.setattr("raylign.rollout.native.decoder.PROMPT_TOKENS", 32)
     engine = NativeEngine(llama, slots=8, max_length=128)
     asked = request(0, 100, temperature=0, max_tokens=5)
     assert tokens(generate(engine, [asked])[asked.request_id]) == [Reference(llama).greedy(asked)]

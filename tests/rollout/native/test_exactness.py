@@ -35,8 +35,8 @@ def model(folder: Path, architecture: str) -> tuple[Path, Adapters]:
     return base, {f"adapter-{i}": make_adapter(base, folder / str(i), i, r=r, targets=targets) for i, r in ranks}
 
 
-def engine(base: Path, adapters: Adapters, slots: int, dtype: Any) -> NativeEngine:
-    built = NativeEngine(base, slots=slots, max_length=128, dtype=dtype)
+def engine(base: Path, adapters: Adapters, slots: int, dtype: Any, device: str) -> NativeEngine:
+    built = NativeEngine(base, slots=slots, max_length=128, dtype=dtype, device=device)
     for digest, (tensors, config) in adapters.items():
         built.load_adapter(digest, tensors, config)
     return built
@@ -73,25 +73,29 @@ def mixed_requests(count: int, rng: random.Random) -> list[GenerationRequest]:
         ("gpt2", "float32"),
     ],
 )
-def test_any_company_slots_and_order_give_the_same_bits(dtype: Any, architecture: str, tmp_path: Path):
+def test_any_company_slots_and_order_give_the_same_bits(dtype: Any, architecture: str, device: str, tmp_path: Path):
+    """On a GPU with the same number of slots: a product's kernel, and so its sums, depend on how many rows it has."""
+    if device == "cuda" and architecture in EXPERTS:
+        pytest.skip("transformers multiplies all tokens of an expert at once, which is not exact on a GPU")
     base, adapters = model(tmp_path, architecture)
     rng = random.Random(3)
     requests = mixed_requests(12, rng)
-    small = engine(base, adapters, 1, dtype)
+    few, counts = (1, (3, 8, 13, 64)) if device == "cpu" else (16, (13, 16))
+    small = engine(base, adapters, few, dtype, device)
     alone = {r.request_id: bits(generate(small, [r])[r.request_id]) for r in requests}
-    for slots in (3, 8, 13, 64):
+    for slots in counts:
         shuffled = rng.sample(requests, len(requests))
         turns = [shuffled[i : i + 2] for i in range(0, len(shuffled), 2)] if slots % 2 else [shuffled]
-        got = run_in_turns(engine(base, adapters, slots, dtype), turns)
+        got = run_in_turns(engine(base, adapters, slots, dtype, device), turns)
         assert {name: bits(completions) for name, completions in got.items()} == alone
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_groups_shared_by_one_two_or_four_engines_give_the_same_bits(dtype: Any, tmp_path: Path):
+def test_groups_shared_by_one_two_or_four_engines_give_the_same_bits(dtype: Any, device: str, tmp_path: Path):
     base, adapters = model(tmp_path, "llama")
     rng = random.Random(7)
     requests = mixed_requests(16, rng)
-    engines = [engine(base, adapters, 16, dtype) for _ in range(4)]
+    engines = [engine(base, adapters, 16, dtype, device) for _ in range(4)]
     results: list[dict[str, Any]] = []
     for count in (1, 2, 4, 4):
         shares: list[list[list[GenerationRequest]]] = [[] for _ in range(count)]
