@@ -4,6 +4,8 @@ A job is a function of this file. Its first argument is the rank's seat; without
 own process.
 """
 
+import faulthandler
+import gc
 import itertools
 import subprocess
 import sys
@@ -67,6 +69,7 @@ def serve(pipe: Connection) -> None:
     """Do jobs until the pipe closes."""
     import torch.distributed as dist
 
+    faulthandler.enable()  # a process that crashes says where
     while True:
         try:
             name, seat, given = pipe.recv()
@@ -75,8 +78,9 @@ def serve(pipe: Connection) -> None:
         try:
             answer = globals()[name](seat, **given)
         except Exception as error:  # noqa: BLE001  the test's to judge
-            answer = error
+            answer = error.with_traceback(None)  # which would keep the job's model
         pipe.send(answer)
+        gc.collect()  # what a job made goes before its process group does
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -129,6 +133,8 @@ def train(
     if save:
         policy.save(save)
     weights, config = policy.export()
+    if save:
+        policy.written(wait=True)  # another job reads it, and its thread ends with this one
     return {
         "metrics": told,
         "gradient": _gradient(policy._learner, [m["grad_norm"] for m in told if "grad_norm" in m], spec.stage),
