@@ -25,7 +25,7 @@ def cases() -> list[Case]:
     """Named like `25M-fp32-p512-c32-G8-vs-generate`."""
     return [
         _case(size, dtype, workload(size, dtype, _GROUPS[size], _PROMPT, _COMPLETION))
-        for size in SHAPES
+        for size in _GROUPS
         for dtype in get_args(Dtype)
     ]
 

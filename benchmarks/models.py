@@ -41,7 +41,6 @@ SHAPES = {
     "25M": Shape(vocabulary=16384, hidden=512, intermediate=1408, layers=6, heads=8),
     "120M": Shape(vocabulary=49152, hidden=768, intermediate=2304, layers=12, heads=12),
     "500M": Shape(vocabulary=151936, hidden=896, intermediate=4864, layers=24, heads=14),
-    "3B": Shape(vocabulary=128256, hidden=3072, intermediate=8192, layers=28, heads=24),
 }
 
 

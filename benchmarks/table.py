@@ -30,6 +30,9 @@ ours also return the log-prob of every token, the others do not.
 with checkpointing (`trl-defaults`), its default. A real token is one of a sample, not padding. Gradients are compared
 before anything is measured, and their gap and the peaks of memory stand in the JSON. `grpo`: a pair is a whole run of
 each side on all cores, with its number as seed; phases, curves and time to a reward stand in the JSON.
+
+`gpu`: the same on a GPU with all cores, without Ray, on a random model of half a billion parameters; the limit of
+`rollout` there is reading all weights once for every token of the longest completion.
 """
 
 _CHAOS = """\

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import exact, group_prefill, mixed_adapters, rollout
+from benchmarks import exact, gpu, group_prefill, mixed_adapters, rollout
 from benchmarks.contestants import ContinuousBatching, Generate, Native
 from benchmarks.models import load_model, save_model
 from benchmarks.workloads import Workload
@@ -47,11 +47,18 @@ def test_every_peer_generates_what_is_wanted(tmp_path: Path) -> None:
         assert took.seconds > 0
 
 
-def test_names_of_cases_are_unique_and_cover_the_issue() -> None:
-    names = [c.name for module in (rollout, group_prefill, mixed_adapters) for c in module.cases()]
+def test_names_of_cases_are_unique() -> None:
+    names = [c.name for module in (rollout, group_prefill, mixed_adapters, gpu) for c in module.cases()]
     assert len(set(names)) == len(names)
     assert "25M-fp32-p32-lognormal-vs-generate" in names
     assert len(rollout.cases()) == 3 * 2 * 2 * 2 * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+def test_without_a_gpu_its_cases_are_skipped_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu", "--quick", "--case", "grpo*", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"cases": [], "skipped": {"grpo-1M-lora-bf16-p32-vs-trl": "no GPU"}}
 
 
 def test_an_unknown_case_is_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
