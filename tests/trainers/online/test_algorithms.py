@@ -30,8 +30,8 @@ EXTRAS: dict[str, dict[str, Any]] = {
 
 
 FROM_ALL = ("dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "ppo", "spin")
-"""Those that learn from groups without variance too: their KL varies, no mean of the group is taken off, or the loss has
-an entropy bonus."""
+"""Those that learn from groups without variance too: their KL varies, no mean of the group is taken off, or the loss
+has an entropy bonus."""
 
 OF_PAIRS = ("online_dpo", "spin")
 
