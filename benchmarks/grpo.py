@@ -1,9 +1,10 @@
 """The whole loop against TRL's GRPOTrainer: seconds a step, reward curves, time to a fixed reward, the split by phase.
 
 The quickstart's task and model: its two first stages are trained once, then a pair is a run of each side on the same
-adapter, prompts, rewards, group, lengths and learning rate; the pair's number is the seed of both. Each run is a
-process of its own on all cores this one may use, and its steps are timed from the end of its first one: what comes
-before stands in `settings` as `start_seconds`.
+adapter, prompts, rewards, group, lengths and learning rate; the pair's number is the seed of both. Rates are the same
+step by step: with transformers' warm-up, whose first step has none, TRL's curve would come from others, on a task that
+the peak makes unsteady. Each run is a process of its own on all cores this one may use, and its steps are timed from
+the end of its first one: what comes before stands in `settings` as `start_seconds`.
 """
 
 import json
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from raylign.trainers.schedule import learning_rate  # pyright: ignore[reportMissingImports]
+from raylign.trainers.stages import DataConfig, StageBase  # pyright: ignore[reportMissingImports]
 
 from .arena import Arena
 from .curves import comparison
@@ -149,6 +152,17 @@ def recipe_of(plan: Plan, start: Start, seed: int) -> dict[str, Any]:
     return {"name": "grpo", "seed": seed, "model": model, "cluster": recipe["cluster"], "stages": [stage]}
 
 
+def rates(plan: Plan) -> list[float]:
+    """The learning rate of each step, as the stage has it."""
+    stage = StageBase(
+        data=DataConfig(path=""),
+        learning_rate=plan.learning_rate,
+        warmup_steps=plan.warmup_steps,
+        schedule="linear",
+    )
+    return [learning_rate(stage, step, plan.steps) for step in range(plan.steps)]
+
+
 def _ours(plan: Plan, start: Start, folder: Path, seed: int) -> list[dict[str, float]]:
     """A run of it; what its steps say."""
     shutil.copytree(_RECIPE.with_name("quickstart"), folder / "quickstart")
@@ -170,7 +184,7 @@ def _theirs(plan: Plan, start: Start, folder: Path, seed: int) -> list[dict[str,
     spec = folder / "spec.json"
     paths = {name: str(path) for name, path in asdict(start).items()}
     task = {"sums": str(_RECIPE.with_name("quickstart")), "out": str(folder / "steps.jsonl"), "seed": seed}
-    spec.write_text(json.dumps({**asdict(plan), **paths, **task}))
+    spec.write_text(json.dumps({**asdict(plan), **paths, **task, "rates": rates(plan)}))
     began = time.time()
     _in_a_process([sys.executable, "-m", "benchmarks.trl_grpo", str(spec)], folder)
     lines = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
@@ -19,13 +20,24 @@ _PHASES = {"_generate_single_turn": "generate", "_calculate_rewards": "score"}
 
 
 class Timed(GRPOTrainer):
-    """Notes how long generation and rewards of a step take."""
+    """Notes how long generation and rewards of a step take; `rates` are the learning rates of its steps."""
 
-    def __init__(self, *given: Any, **options: Any) -> None:
+    def __init__(self, *given: Any, rates: list[float], **options: Any) -> None:
         super().__init__(*given, **options)
         self.took: dict[str, float] = {}
+        self._rates = rates
         for method, phase in _PHASES.items():
             setattr(self, method, self._noted(getattr(self, method), phase))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The rates that were given."""
+        if self.lr_scheduler is None:
+            given, peak = self._rates, self.args.learning_rate
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer, lambda step: given[min(step, len(given) - 1)] / peak
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def _noted(self, call: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def noted(*given: Any, **options: Any) -> Any:
@@ -91,8 +103,6 @@ def main(spec: dict[str, Any]) -> None:
         num_generations=spec["group"],
         max_completion_length=spec["max_tokens"],
         learning_rate=spec["learning_rate"],
-        lr_scheduler_type="linear",
-        warmup_steps=spec["warmup_steps"],
         adam_beta1=spec["betas"][0],
         adam_beta2=spec["betas"][1],
         max_steps=spec["steps"],
@@ -111,6 +121,7 @@ def main(spec: dict[str, Any]) -> None:
         train_dataset=Dataset.from_dict(data),
         processing_class=AutoTokenizer.from_pretrained(spec["base"]),
         callbacks=[lines],
+        rates=spec["rates"],
     )
     lines.trainer.train()
 

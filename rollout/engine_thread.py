@@ -132,17 +132,16 @@ def collect(thread: EngineThread, requests: Sequence[GenerationRequest]) -> "Fut
     running = set(events)
 
     def listen(event: TokenEvent | RaylignError) -> None:
-        if future.done():  # another of the requests failed
-            return
         if isinstance(event, RaylignError):
-            future.set_exception(event)
+            if not future.done():  # none of the other requests failed
+                future.set_exception(event)
             return
         row = event.request_id, event.index
         events[row].append(event)
         if event.finish_reason:
             running.discard(row)
-        if not running:
-            future.set_result([completion_of(row) for row in events.values()])
+            if not running and not future.done():
+                future.set_result([completion_of(row) for row in events.values()])
 
     for request in requests:
         thread.submit(request, listen)

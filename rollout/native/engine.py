@@ -197,7 +197,7 @@ class NativeEngine:
             begun[id(prompt)] += 1
             fresh[i] = fresh_state(prompt.request, index, prompt.adapter)
             rows.append(self._new_row(prompt.request, index))
-        state = np.concatenate([self._state[running], fresh])
+        state = np.concatenate([self._state[running], fresh]) if entering else self._state[running]
         firsts = [prompt.logits for _, prompt in entering if prompt.logits is not None]
         drawn = self._next(torch.cat([logits, torch.stack(firsts)]) if firsts else logits, state, rows)
         state["token"], state["drawn"] = drawn.tokens, state["drawn"] + np.uint64(1)
@@ -209,6 +209,7 @@ class NativeEngine:
         for (slot, _), row, record in zip(entering, rows[len(running) :], state[len(running) :], strict=True):
             self._schedule.enter(slot, row)
             self._state[slot] = record
+        self._schedule.copy_due()
         for slot, event in zip([*running, *(slot for slot, _ in entering)], events, strict=True):
             if event.finish_reason:
                 self._schedule.leave(slot)

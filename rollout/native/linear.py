@@ -23,7 +23,7 @@ class Shared:
         self.memory = HugePages()
         self.on_device = on_device
         """Whether the layers compute on a GPU."""
-        self.adapters: np.ndarray | torch.Tensor | None = None
+        self.adapters: Any = None
         """Each token's adapter in the coming forward, `[T]`; None when no token has one. On a GPU in its memory."""
         self.layout = 0
         """How often the memory of adapters on a GPU was laid out anew."""
@@ -56,6 +56,8 @@ class EngineLinear(nn.Module):
         self._hidden = np.empty(0, np.float32)
         self.factors: tuple[torch.Tensor, torch.Tensor] | None = None
         """`a` `[n, r, I]` and `b` `[n, r, O]` of all adapters, where any targets this layer."""
+        self._arrays: tuple[np.ndarray, ...] = ()
+        """The same memory, on a CPU."""
         self._has = np.full(1, -1)
         """By an adapter's number, its place in `factors`; -1, also at the end, where it has none."""
         self._has_there: torch.Tensor | None = None
@@ -106,17 +108,28 @@ class EngineLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., I]` to `[..., O]`."""
         flat = x.reshape(-1, self.in_features)
-        out = self._on_device(flat) if self._packed is None else self._on_cpu(flat, self._packed)
-        self.add_adapters(flat, out)
+        if self._packed is not None:
+            out = torch.from_numpy(self.on_arrays(kernels.as_array(flat.contiguous())))
+        else:
+            out = self._on_device(flat)
+            self.add_adapters(flat, out)
         return out.to(self._dtype).view(*x.shape[:-1], self.out_features)
 
-    def _on_cpu(self, x: torch.Tensor, packed: np.ndarray) -> torch.Tensor:
-        """The product in float32, before it is rounded."""
-        out = torch.empty(len(x), self.out_features)
-        given = kernels.as_array(x.to(torch.bfloat16).contiguous() if self._pairs else x.float().contiguous())
-        given = given.view(np.uint32) if self._pairs else given
-        self._shared.multiply(given, packed, self._start, out.numpy())
+    def on_arrays(self, x: np.ndarray) -> np.ndarray:
+        """`[T, I]` as `kernels.as_array` gives it to `[T, O]` in float32, before it is rounded; on a CPU."""
+        assert self._packed is not None
+        out = np.empty((len(x), self.out_features), np.float32)
+        self._shared.multiply(self._operand(x), self._packed, self._start, out)
+        if self.factors is not None and self._shared.adapters is not None:
+            kernels.add_lora(x, self._has[self._shared.adapters], *self._arrays, out, self._hidden)
         return out
+
+    def _operand(self, x: np.ndarray) -> np.ndarray:
+        """The inputs as the packed weights want them."""
+        if self._pairs:
+            pairs = x if x.dtype == np.uint16 else kernels.as_array(torch.from_numpy(x).to(torch.bfloat16))
+            return pairs.view(np.uint32)
+        return x if x.dtype == np.float32 else torch.from_numpy(x).view(torch.bfloat16).float().numpy()
 
     def _on_device(self, x: torch.Tensor) -> torch.Tensor:
         assert self._plain is not None
@@ -152,6 +165,9 @@ class EngineLinear(nn.Module):
         )
         for grown, kept in zip(self.factors, old or (), strict=False):
             grown[: len(kept), : kept.shape[1]] = kept
+        if self._device.type == "cpu":
+            self._arrays = tuple(factors.numpy() for factors in self.factors)
+            self._hidden = np.empty(rank, np.float32)
 
     def remove(self, number: int) -> None:
         """The adapter of this number does not change this layer, or not any more."""
@@ -170,21 +186,13 @@ class EngineLinear(nn.Module):
         self._has_there[: len(self._has)] = torch.from_numpy(self._has)
 
     def add_adapters(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Add to `out` `[T, O]`, the layer's of `x` `[T, I]`, what each token's own adapter does."""
-        which = self._shared.adapters
-        if self.factors is None or which is None:
+        """On a GPU, add to `out` `[T, O]`, the layer's of `x` `[T, I]`, what each token's own adapter does."""
+        if self.factors is None or self._shared.adapters is None:
             return
-        a, b = self.factors
-        if isinstance(which, torch.Tensor):
-            from .device_kernels import add_lora
+        from .device_kernels import add_lora
 
-            assert self._has_there is not None
-            add_lora(x, which, self._has_there, a, b, out)
-            return
-        if len(self._hidden) < a.shape[1]:
-            self._hidden = np.empty(a.shape[1], np.float32)
-        x_, out_ = kernels.as_array(x.contiguous()), kernels.as_array(out)
-        kernels.add_lora(x_, self._has[which], a.numpy(), b.numpy(), out_, self._hidden)
+        assert self._has_there is not None
+        add_lora(x, self._shared.adapters, self._has_there, *self.factors, out)
 
 
 class Joined:

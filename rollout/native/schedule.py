@@ -51,6 +51,8 @@ class Schedule:
         self._pool = BlockPool(blocks)
         self._prompt_tokens = prompt_tokens
         self._copy = copy
+        self._due: tuple[list[int], list[int]] = ([], [])
+        """Blocks that are to be copied, from some to as many others."""
 
     def running(self) -> list[int]:
         """The slots of running rows."""
@@ -123,7 +125,10 @@ class Schedule:
         self._pool.forget()
 
     def enter(self, slot: int, row: Row) -> None:
-        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last."""
+        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last.
+
+        `copy_due` copies for all rows that entered, before anything else.
+        """
         prompt = self.reserved.pop(slot)
         prompt.done = prompt.length
         prompt.entered += 1
@@ -132,12 +137,19 @@ class Schedule:
             row.blocks = [self._pool.share(block) for block in prompt.blocks[:full]]
             if full < len(prompt.blocks):
                 row.blocks.append(self._pool.take())
-                self._copy(prompt.blocks[full:], row.blocks[full:])
+                for blocks, more in zip(self._due, (prompt.blocks, row.blocks), strict=True):
+                    blocks += more[full:]
         else:
             row.blocks = prompt.blocks
             self.waiting.remove(prompt)
         self.tables[slot, : len(row.blocks)] = row.blocks
         self.rows[slot] = row
+
+    def copy_due(self) -> None:
+        """Make the copies of blocks that the rows which entered wait for."""
+        if self._due[0]:
+            self._copy(*self._due)
+            self._due = ([], [])
 
     def leave(self, slot: int) -> None:
         """End a running row."""

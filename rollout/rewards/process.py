@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .functions import RewardError, RewardOverrun, Row, build_reward, reward_nam
 START_SECONDS = 120.0
 """How long a reward's imports may take."""
 _GRACE_SECONDS = 5.0
+_AHEAD = 1 << 15
+"""Bytes of questions that a child may have before it has answered the first."""
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(int(sys.argv[2]))"
 
 
@@ -67,29 +70,28 @@ class BoundedReward:
 
     def score(self, completion: str, row: Row) -> float:
         """The unweighted score. Raises `RewardError`, and `RewardOverrun` for a time-out or a dead process."""
-        with self._lock:
-            child = self._loaded()
-            try:
-                answer = child.ask((completion, row), self.config.timeout_seconds)
-            except RewardOverrun:
-                self._drop()
-                self.overruns += 1
-                if isinstance(self.config, MathReward):
-                    return 0.0
-                raise
-        if "error" in answer:
-            raise RewardError(answer["error"])
-        return float(answer["score"])
+        (outcome,) = self._outcomes([completion], row)
+        if isinstance(outcome, RewardError):
+            raise outcome
+        return outcome
 
     def outcomes(self, group: Group) -> Iterator[float | RewardError]:
-        """The score of each sample of a group, or what was wrong with it, one at a time."""
-        for sample in group.samples:
-            try:
-                score = self.score(sample.text, group.row)
-            except RewardError as error:
-                yield error
-            else:
-                yield score
+        """The score of each sample of a group, or what was wrong with it."""
+        yield from self._outcomes([sample.text for sample in group.samples], group.row)
+
+    def _outcomes(self, completions: Sequence[str], row: Row) -> list[float | RewardError]:
+        """Of each completion, in order; the child has the next before it has answered one, so nobody waits for it."""
+        questions, told = [pickle.dumps((completion, row)) for completion in completions], []
+        with self._lock:
+            while len(told) < len(questions):
+                try:
+                    for answer in self._loaded().answers(questions[len(told) :], self.config.timeout_seconds):
+                        told.append(RewardError(answer["error"]) if "error" in answer else float(answer["score"]))
+                except RewardOverrun as error:
+                    self._drop()
+                    self.overruns += 1
+                    told.append(0.0 if isinstance(self.config, MathReward) else error)
+        return told
 
     def close(self) -> None:
         """End the child, if there is one."""
@@ -146,12 +148,21 @@ class _Child:
         theirs.close()
         self.connection.send_bytes(pickle.dumps(first))
 
-    def ask(self, question: object, timeout: float) -> dict[str, Any]:
-        try:
-            self.connection.send_bytes(pickle.dumps(question))
-        except (BrokenPipeError, ConnectionResetError):
-            raise self._died() from None
-        return self.answer(timeout)
+    def answers(self, questions: Sequence[bytes], timeout: float) -> Iterator[dict[str, Any]]:
+        """The answer to each question, `timeout` seconds after the one before at the latest.
+
+        Questions go ahead as far as they fit into the socket, where writing waits for nobody. Raises `RewardOverrun`
+        for the first that has no answer.
+        """
+        sent, ahead = 0, 0
+        for i, question in enumerate(questions):
+            while sent < len(questions) and (sent == i or ahead + len(questions[sent]) <= _AHEAD):
+                ahead += len(questions[sent])
+                sent += 1
+                with suppress(BrokenPipeError, ConnectionResetError):  # `answer` says of which question it died
+                    self.connection.send_bytes(questions[sent - 1])
+            yield self.answer(timeout)
+            ahead -= len(question)
 
     def answer(self, timeout: float) -> dict[str, Any]:
         try:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import yaml
 from raylign.trainers.recipe import load_recipe
+from raylign.trainers.schedule import learning_rate
 from raylign.trainers.stages import OnlineStage
 
 from benchmarks import grpo
@@ -23,6 +24,7 @@ def test_our_side_does_what_the_plan_says(tmp_path: Path) -> None:
     assert (stage.learning_rate, stage.warmup_steps, stage.schedule, stage.betas) == (3e-4, 2, "linear", (0.9, 0.95))
     assert (stage.kl, stage.mismatch, stage.clip.dual, stage.clip.high) == (None, None, None, 0.28)
     assert (stage.advantage, stage.advantage_scale, stage.aggregation) == ("group_mean", "batch", "token")
+    assert grpo.rates(plan) == [learning_rate(stage, step, 7) for step in range(7)]
     assert stage.adapter is not None
     assert stage.adapter.path == str(start.adapter)
     assert [reward.type for reward in stage.rewards] == ["function", "format"]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from raylign.cluster.errors import RunFailed
@@ -33,12 +34,12 @@ def test_it_passes_with_one_thread_and_with_adapters(dtype, tmp_path: Path):
 
 def test_it_names_what_differs_when_arithmetic_depends_on_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     engine = NativeEngine(save_model(tmp_path, "llama"), slots=16, max_length=64)
-    plain = EngineLinear.forward
+    plain = EngineLinear.on_arrays
 
-    def by_rows(self: EngineLinear, x: torch.Tensor) -> torch.Tensor:
-        return plain(self, x) * (1 + 1e-6 * (x.shape[-2] > 8))
+    def by_rows(self: EngineLinear, x: np.ndarray) -> np.ndarray:
+        return plain(self, x) * np.float32(1 + 1e-6 * (len(x) > 8))
 
-    monkeypatch.setattr(EngineLinear, "forward", by_rows)
+    monkeypatch.setattr(EngineLinear, "on_arrays", by_rows)
     with pytest.raises(RunFailed, match=r"depends on which rows run together \(a prompt of \d+ tokens, new token \d+"):
         check_exactness(engine)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..stages import OnlineStage
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSample:
@@ -39,6 +41,21 @@ class TrainSample:
     def rows(self) -> tuple["TrainSample", ...]:
         """What a forward takes of it: itself, and in a pair the rejected one beside it."""
         return (self,) if self.rejected is None else (replace(self, rejected=None), self.rejected)
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the policy's objective moves anything by it: a pair does, and what has an advantage."""
+        return self.rejected is not None or bool(self.advantages.any())
+
+
+def trained(samples: Sequence[TrainSample], stage: OnlineStage) -> list[TrainSample]:
+    """Those of an update's samples that the policy's loss depends on; to compute the others changes no gradient.
+
+    Without advantages a sample counts in what the loss is divided by and nowhere else, unless the loss has a KL or an
+    entropy bonus, which it does move.
+    """
+    everyone = stage.entropy_bonus > 0 or (stage.kl is not None and stage.kl.place == "loss")
+    return [s for s in samples if everyone or s.pushes]
 
 
 class MicroBatch(NamedTuple):

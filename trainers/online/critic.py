@@ -75,7 +75,7 @@ class Critic:
             "value/explained_variance": 1 - left,
         }
 
-    def _backward(self, samples: Sequence[TrainSample]) -> dict[str, float]:
+    def _backward(self, samples: Sequence[TrainSample]) -> tuple[int, dict[str, float]]:
         from .losses import Totals, joined, value_loss
         from .scoring_model import align
 
@@ -89,7 +89,7 @@ class Critic:
             )
             loss.backward()
             parts.append(metrics)
-        return joined(self._ranks.gathered(joined(parts)))
+        return totals.tokens, joined(self._ranks.gathered(joined(parts)))
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as safetensors, beside what is done from now on."""

@@ -85,10 +85,11 @@ def _train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample
 
 
 def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: float) -> list[TrainSample]:
-    """What the update trains on: the samples of groups without an error that teach anything.
+    """What the update is over: the samples of groups without an error.
 
-    A group whose advantages are all 0 is left out, and so are completions cut at `max_tokens` where the stage masks
-    them. For the loss `preference` they are pairs.
+    Those whose advantages are all 0 are among them: they count in what the loss is divided by, though the update may
+    leave them out (`batch.trained`). Completions cut at `max_tokens` are not, where the stage masks them. For the loss
+    `preference` they are pairs.
     """
     sound = [g for g in groups if not g.error]
     if not sound:
@@ -110,7 +111,6 @@ def train_samples(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: f
     return [
         made(n, i)
         for n, group in enumerate(sound)
-        if pushes_NGT[n].any()
         for i, sample in enumerate(group.samples)
         if not (stage.mask_truncated and sample.finish_reason == "length")
     ]

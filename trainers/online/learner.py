@@ -17,8 +17,8 @@ from .losses import Metrics, averaged
 from .ranks import Ranks, whole
 from .shards import Shards
 
-Backward = Callable[[Sequence[TrainSample]], Metrics]
-"""Adds the gradient of one update's loss on its samples; the metrics are those of `joined`."""
+Backward = Callable[[Sequence[TrainSample]], tuple[int, Metrics]]
+"""Adds the gradient of one update's loss on its samples; how many tokens it computed, and the metrics of `joined`."""
 
 
 class Learner:
@@ -45,23 +45,24 @@ class Learner:
     def learn(self, samples: Sequence[TrainSample], step: int, backward: Backward) -> Metrics:
         """A step's updates: its epochs over the samples, each in minibatches. Raises `RunFailed` on a NaN gradient.
 
-        Metrics are means over the tokens of all updates; `updated` says whether the weights moved.
+        Metrics are means over the tokens that all updates computed; `updated` says whether the weights moved. Samples
+        that move nothing make no update of a minibatch that has no others.
         """
         rate = learning_rate(self._stage, step, self._stage.steps, peak=self._peak)
         self._optimizer.param_groups[0]["lr"] = rate
         parts, norms = [], []
         for rows in update_rows(self._seed, step, len(samples), self._stage.epochs, self._stage.minibatches):
             chosen = [samples[i] for i in rows]
-            metrics, norm = self._update(chosen, step, backward)
-            parts.append((sum(len(s.tokens) for s in chosen), metrics))
+            tokens, metrics, norm = self._update(chosen, step, backward)
+            parts.append((tokens, metrics))
             norms.append(norm)
         told = {"grad_norm": float(np.mean(norms)), "grad_norm/max": max(norms), "updates": float(len(norms))}
         return averaged(parts) | told | {"learning_rate": rate, "updated": float(max(norms) > 0 and rate > 0)}
 
-    def _update(self, samples: Sequence[TrainSample], step: int, backward: Backward) -> tuple[Metrics, float]:
-        """One optimizer step: its metrics and the norm of its gradient before clipping."""
+    def _update(self, samples: Sequence[TrainSample], step: int, backward: Backward) -> tuple[int, Metrics, float]:
+        """One optimizer step: its tokens, their metrics and the norm of its gradient before clipping."""
         self._optimizer.zero_grad(set_to_none=True)
-        metrics = backward(samples)
+        tokens, metrics = backward(samples)
         self._ranks.add_up(self._trained.values())
         norm = self._clip().item()
         if not np.isfinite(norm):
@@ -71,7 +72,7 @@ class Learner:
                 f"(now {self._peak:g}) or look at this step's rewards"
             )
         self._optimizer.step()
-        return metrics, norm
+        return tokens, metrics, norm
 
     def _clip(self) -> torch.Tensor:
         """Bound the norm of the gradient of all ranks; what it was before."""

@@ -29,7 +29,7 @@ from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
 from ..stages import OnlineStage
 from .ahead import Ahead, Batch, Prompt, Source, Start
-from .batch import TrainSample
+from .batch import TrainSample, trained
 from .carried import keep_carried, kept_carried
 from .checkpoints import Checkpoints
 from .experience import annotated, every_sample, shaped, train_samples
@@ -174,7 +174,7 @@ class OnlineLoop:
         batch = self._sample(step)
         groups = self._reference(batch)
         samples = self._advantage(self._values(groups))
-        learned = self._update(samples, step) | {"samples/trained": float(len(samples))}
+        learned = self._update(samples, step) | {"samples/trained": float(len(trained(samples, self._stage)))}
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ahead.trained()
         learned |= self._roles.scoring_troubles(batch.troubles, tick=self._look_after)

@@ -35,12 +35,20 @@ class Tokens(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What an optimizer step has in all its micro-batches and ranks."""
+    """What an optimizer step has in all its micro-batches and ranks, and of samples that no micro-batch has because
+    they move nothing."""
 
     tokens: int
     sequences: int
     constant: int
     """Samples of an update times the longest completion allowed, whatever came."""
+    computed: int | None = None
+    """The tokens that micro-batches do have, over which metrics are means; None for all."""
+
+    @property
+    def seen(self) -> int:
+        """What a mean over the tokens of all micro-batches is divided by."""
+        return max(self.tokens if self.computed is None else self.computed, 1)
 
 
 class LossSettings(NamedTuple):
@@ -110,19 +118,19 @@ def token_shares(mask_BT: Tensor, aggregation: Aggregation, totals: Totals) -> T
 def policy_loss(given: Tokens, totals: Totals, settings: LossSettings) -> tuple[Tensor, Metrics]:
     """A micro-batch's part of the step's loss: Σ share · (w · objective + β · KL) − η · mean entropy.
 
-    w are the weights that correct the engine's arithmetic, shares those of the aggregation; the entropy's mean is over
-    all tokens of the step. Raises `ValueError` where a KL is asked for and there is no reference, or an entropy bonus
-    without entropies. An empty mask gives a loss of 0 whose gradient is 0, and what stands at masked places, infinite
-    or not, has no effect.
+    w are the weights that correct the engine's arithmetic, shares those of the aggregation; means, the entropy's among
+    them, are over all tokens that are computed. Raises `ValueError` where a KL is asked for and there is no reference,
+    or an entropy bonus without entropies. An empty mask gives a loss of 0 whose gradient is 0, and what stands at
+    masked places, infinite or not, has no effect.
     """
     t, clip = _without_masked(given), settings.clip
     ratio_BT = importance_ratio(t.logprobs_BT, t.old_BT, t.mask_BT, settings.ratio)
     weights_BT = mismatch_weights(t.old_BT, t.behaviour_BT, t.mask_BT, settings.mismatch)
     terms_BT = weights_BT * settings.objective(ratio_BT, t.logprobs_BT, t.advantages_BT, clip)
-    metrics = mismatch_metrics(t.old_BT, t.behaviour_BT, weights_BT, t.mask_BT, totals.tokens)
+    metrics = mismatch_metrics(t.old_BT, t.behaviour_BT, weights_BT, t.mask_BT, totals.seen)
 
     def mean(x_BT: Tensor) -> Tensor:
-        return (x_BT * t.mask_BT).sum() / max(totals.tokens, 1)
+        return (x_BT * t.mask_BT).sum() / totals.seen
 
     low_BT = (ratio_BT < 1 - clip.low) & (t.advantages_BT < 0)
     high_BT = (ratio_BT > 1 + clip.high) & (t.advantages_BT > 0)

@@ -21,7 +21,7 @@ from ...cluster.weights import (
     version_digest,
 )
 from ..stages import OnlineStage
-from .batch import TrainSample
+from .batch import TrainSample, trained
 from .checkpoints import Written
 
 
@@ -72,33 +72,35 @@ class Policy:
         return self._ranks.leads
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
-        """The updates of a step. Without samples nothing changes. Raises `RunFailed` on a NaN gradient.
+        """The updates of a step. Where no sample moves anything nothing changes. Raises `RunFailed` on a NaN gradient.
 
         The coefficient is that of a KL in the loss, which may change from step to step. Metrics are means over the
-        completion tokens of all updates; `updated` says whether the weights moved.
+        completion tokens that all updates computed; `updated` says whether the weights moved.
         """
-        if not samples:
+        if not trained(samples, self._spec.stage):
             return {"updated": 0.0}
         if self._spec.stage.keeps_old:
             samples = self._with_old(samples)
         return self._learner.learn(samples, step, partial(self._backward, kl_coefficient=kl_coefficient))
 
     def _with_old(self, samples: Sequence[TrainSample]) -> list[TrainSample]:
-        """The samples with their log-probs under the weights as they are, before the step's first update."""
+        """The samples with their log-probs under the weights as they are, before the step's first update; those that
+        move nothing stay without."""
         from .scoring_model import logprobs_of
 
         stage = self._spec.stage
         temperature = stage.rollout.sampling.temperature
-        rows = [row for sample in samples for row in sample.rows]
+        moving = {id(sample) for sample in trained(samples, stage)}
+        rows = [row for sample in samples if id(sample) in moving for row in sample.rows]
         old = iter(logprobs_of(self._model, rows, temperature, self._packing, self._ranks))
 
         def noted(sample: TrainSample) -> TrainSample:
             own = next(old)
             return replace(sample, old=own, rejected=noted(sample.rejected) if sample.rejected else None)
 
-        return [noted(sample) for sample in samples]
+        return [noted(sample) if id(sample) in moving else sample for sample in samples]
 
-    def _backward(self, samples: Sequence[TrainSample], *, kl_coefficient: float) -> dict[str, float]:
+    def _backward(self, samples: Sequence[TrainSample], *, kl_coefficient: float) -> tuple[int, dict[str, float]]:
         from .losses import LossSettings, Tokens, Totals, joined, policy_loss, preference_loss
         from .scoring_model import align, completion_logprobs
 
@@ -108,9 +110,11 @@ class Policy:
         if stage.loss != "preference":
             loss_of = partial(policy_loss, settings=LossSettings.of(stage, kl_coefficient))
         constant = stage.batch_size // stage.minibatches * longest
-        totals = Totals(sum(len(row.tokens) for s in samples for row in s.rows), len(samples), constant)
+        moving = trained(samples, stage)
+        whole, computed = (sum(len(row.tokens) for s in some for row in s.rows) for some in (samples, moving))
+        totals = Totals(whole, len(samples), constant, computed)
         parts = []
-        for bundles, counts in self._ranks.batches(samples, self._packing):
+        for bundles, counts in self._ranks.batches(moving, self._packing):
             batch = align(bundles, self._ranks.device, counts=counts)
             logprobs_BT, entropy_BT = completion_logprobs(
                 self._model, batch, temperature, entropy_gradient=stage.entropy_bonus > 0
@@ -128,7 +132,7 @@ class Policy:
             loss, metrics = loss_of(tokens, totals)
             loss.backward()
             parts.append(metrics)
-        return joined(self._ranks.gathered(joined(parts)))
+        return computed, joined(self._ranks.gathered(joined(parts)))
 
     def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion without the adapter: of the policy as it was before it learned."""

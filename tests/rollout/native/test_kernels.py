@@ -40,14 +40,13 @@ def test_attention_is_torchs_and_a_tokens_bits_are_its_own(
     q = torch.randn(7, heads * shared, size)
     scratch = Scratch(128, shared, size, layer.values.shape[3])
     got = layer.attend_on_cpu(q, batch, 0.3, window, cap, scratch)
-    assert torch.allclose(got, layer.attend_on_device(q, batch, 0.3, window, cap), atol=1e-5)
-    row = 6
-    flat = layer.keys[batch.tables[row]].permute(1, 0, 3, 2).flatten(1, 2)[:, :100].float()
-    values = layer.values[batch.tables[row]][..., :size].permute(1, 0, 2, 3).flatten(1, 2)[:, :100].float()
-    begin = max(0, 100 - window) if window else 0
-    wanted = (q[row].view(heads, shared, size) @ flat.mT * 0.3)[:, :, begin:]
-    wanted = cap * torch.tanh(wanted / cap) if cap else wanted
-    assert torch.allclose(got[row], (wanted.softmax(-1) @ values[:, begin:]).flatten(0, 1), atol=1e-5)
+    for row, last in enumerate(batch.positions):
+        end, begin = last + 1, max(0, last + 1 - window) if window else 0
+        flat = layer.keys[batch.tables[row]].permute(1, 0, 3, 2).flatten(1, 2)[:, begin:end].float()
+        values = layer.values[batch.tables[row]][..., :size].permute(1, 0, 2, 3).flatten(1, 2)[:, begin:end].float()
+        wanted = q[row].view(heads, shared, size) @ flat.mT * 0.3
+        wanted = cap * torch.tanh(wanted / cap) if cap else wanted
+        assert torch.allclose(got[row], (wanted.softmax(-1) @ values).flatten(0, 1), atol=1e-5)
     some = Batch(batch.tokens[2:5], batch.positions[2:5], batch.rows[2:5], batch.tables, batch.adapters[2:5])
     assert torch.equal(layer.attend_on_cpu(q[2:5], some, 0.3, window, cap, scratch), got[2:5])
 

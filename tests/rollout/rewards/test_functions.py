@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.rollout.config import FormatReward, FunctionReward, MathReward
+from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.functions import (
     RewardError,
     RewardOverrun,
@@ -38,6 +39,10 @@ def hang(completion, row):
     return 2
 def crash(completion, row):
     os._exit(3)
+def moody(completion, row):
+    if completion == "crash":
+        os._exit(3)
+    return hang(completion, row) if completion else 1 / 0
 def broken(completion, row):
     return 1 / len(completion)
 def one(completion):
@@ -179,13 +184,32 @@ def test_bounded_reward_ends_a_hanging_function_and_goes_on(root: Path) -> None:
 
 def test_bounded_reward_names_errors_and_dead_processes(root: Path) -> None:
     broken, crash, count = (BoundedReward(function(n), root) for n in ("broken", "crash", "count"))
-    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: division by zero \(rewards.py:18\)"):
+    with pytest.raises(RewardError, match=r"raised ZeroDivisionError: division by zero \(rewards.py:22\)"):
         broken.score("", {})
     with pytest.raises(RewardOverrun, match="ended with code 3"):
         crash.score("", {})
     assert [count.score("", {}) for _ in range(3)] == [1, 2, 3]  # one process, its state kept
     for reward in (broken, crash, count):
         reward.close()
+
+
+@pytest.mark.parametrize("length", [0, 20_000, 400_000])
+def test_of_a_group_only_the_completion_that_ends_the_process_is_without_a_score(root: Path, length: int) -> None:
+    """Whether the child has the next completions already or their texts are too long for the socket."""
+    fine = "x" * length + "x"
+    texts = (fine, "crash", fine, "hang", fine, "", fine, "crash")
+    samples = tuple(
+        Sample(tokens=np.zeros(1, np.int32), logprobs=np.zeros(1, np.float32), finish_reason="stop", text=text)
+        for text in texts
+    )
+    with BoundedReward(function("moody", timeout_seconds=0.5), root) as reward:
+        told = list(reward.outcomes(Group(step=0, index=0, prompt=np.zeros(1, np.int32), row={}, samples=samples)))
+        assert reward.overruns == 3
+        assert reward.score("fine", {}) == 2.0
+    assert told[::2] == [2.0] * 4
+    said = ("ended with code 3", "took longer than 0.5 s", "division by zero", "ended with code 3")
+    for error, words in zip(told[1::2], said, strict=True):
+        assert words in str(error)
 
 
 def test_bounded_reward_that_does_not_load_is_an_input_error(root: Path) -> None:

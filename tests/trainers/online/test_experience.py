@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from raylign.rollout.records import Group, Sample
+from raylign.trainers.online.batch import trained
 from raylign.trainers.online.experience import (
     chosen,
     further_prompts,
@@ -43,11 +44,29 @@ def advantages(groups: list[Group], **fields: Any) -> list[list[float]]:
     return [s.advantages.tolist() for s in train_samples(groups, stage(**fields), 0.1)]
 
 
-def test_groups_that_teach_nothing_or_could_not_be_scored_are_left_out() -> None:
+def test_groups_that_could_not_be_scored_are_left_out_and_those_without_variance_push_nothing() -> None:
     groups = [group([1.0, 1.0]), group([0.0, 2.0]), group([0.0, 1.0], error="the reward raised")]
     assert [has_variance(g) for g in groups] == [False, True, False]
-    assert advantages(groups) == [[-1, -1], [1, 1]]
+    assert advantages(groups) == [[0, 0], [0, 0], [-1, -1], [1, 1]]
     assert advantages(groups[2:]) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 2),
+        ({"kl": {"coefficient": 0.1, "place": "reward", "estimator": "k1"}}, 2),
+        ({"kl": {"coefficient": 0.1}}, 4),
+        ({"entropy_bonus": 0.1}, 4),
+        ({"type": "online_dpo"}, 1),
+    ],
+)
+def test_samples_without_advantages_are_trained_on_where_the_loss_has_more_than_its_objective(
+    fields: dict[str, Any], count: int
+) -> None:
+    asked = stage(**fields)
+    samples = train_samples([group([1.0, 1.0]), group([0.0, 2.0])], asked, 0.1)
+    assert len(trained(samples, asked)) == count
 
 
 def test_samples_keep_what_the_loss_needs_in_ledger_order() -> None:

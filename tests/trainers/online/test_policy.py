@@ -209,6 +209,47 @@ def test_several_updates_do_not_depend_on_micro_batches(
         assert other == pytest.approx(told[0], rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("updates", [{}, {"epochs": 2, "minibatches": 2}])
+def test_leaving_out_what_pushes_nothing_changes_no_gradient(
+    updates: dict[str, int],
+    aggregation: str,
+    policy: Callable[..., Policy],
+    samples: list[TrainSample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against an update that computes all samples; the second and the last have no advantage."""
+    idle = [replace(s, advantages=0 * s.advantages) for s in samples]
+    given = [samples[0], idle[1], samples[2], idle[3], samples[0], samples[2]]
+    options = {"kl": None, "aggregation": aggregation, "max_grad_norm": 1e9, "micro_batch_tokens": 12, **updates}
+    one, other = policy(**options), policy(**options)
+    told = one.update(given, 0, 0.0)
+    monkeypatch.setattr("raylign.trainers.online.policy.trained", lambda samples, _: samples)
+    all_computed = other.update(given, 0, 0.0)
+    assert [told[name] for name in ("grad_norm", "grad_norm/max")] == pytest.approx(
+        [all_computed[name] for name in ("grad_norm", "grad_norm/max")], rel=1e-6
+    )
+    for mine, theirs in zip(one._parameters.values(), other._parameters.values(), strict=True):
+        if mine.grad is not None and theirs.grad is not None:
+            assert (mine.grad - theirs.grad).norm() <= 1e-6 * theirs.grad.norm()
+    assert all_computed["loss"] == pytest.approx(told["loss"], rel=1e-5) or updates  # whose shares are of their tokens
+
+
+def test_metrics_are_means_over_what_is_computed_and_nothing_to_compute_changes_nothing(
+    policy: Callable[..., Policy], samples: list[TrainSample]
+) -> None:
+    idle = [replace(s, advantages=0 * s.advantages) for s in samples]
+    alone, beside = (policy(kl=None).update(given, 0, 0.0) for given in (samples[:2], samples[:2] + idle[2:]))
+    for name in ("entropy", "mismatch/mean", "clip_fraction"):
+        assert beside[name] == pytest.approx(alone[name], rel=1e-5)
+    assert beside["grad_norm"] == pytest.approx(alone["grad_norm"] * 11 / 15, rel=1e-5)
+    made = policy(kl=None)
+    before = _digest(made)
+    assert made.update(idle, 0, 0.0) == {"updated": 0.0}
+    assert _digest(made) == before
+    assert policy().update(idle, 0, 0.1)["kl"] > 0  # which they do push
+
+
 def test_an_update_of_a_minibatch_is_normalised_over_its_own_tokens(
     policy: Callable[..., Policy], samples: list[TrainSample]
 ) -> None:
