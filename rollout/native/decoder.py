@@ -139,7 +139,7 @@ class Decoder:
         missing = [name for name, parameter in self._parameters.items() if id(parameter) not in given]
         if missing:
             raise InputError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1)))
-        with torch.no_grad():
+        with torch.inference_mode():
             for name, array in tensors.items():
                 if layer := self._released.get(name):
                     layer.pack(_tensor(array))

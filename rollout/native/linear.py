@@ -63,6 +63,8 @@ class EngineLinear(nn.Module):
         self._has_there: torch.Tensor | None = None
         """The same in a GPU's memory."""
         self._plain: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+        """What a GPU multiplies by and adds, where its graphs know them to lie."""
         self.pack()
 
     def pack(self, weight: torch.Tensor | None = None) -> None:
@@ -92,7 +94,11 @@ class EngineLinear(nn.Module):
     def take_bias(self) -> None:
         """Take over what the bias parameter holds now."""
         if self._packed is None:
-            self._bias = None if self.bias is None else self.bias.detach().to(self._dtype)
+            new = None if self.bias is None else self.bias.detach().to(self._dtype)
+            if self._bias is None or new is None:
+                self._bias = new
+            elif self._bias.data_ptr() != new.data_ptr():
+                self._bias.copy_(new)
             return
         self._start = np.zeros(len(self._packed) * matmul.PANEL, np.float32)
         if self.bias is not None:

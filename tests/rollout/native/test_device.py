@@ -53,14 +53,22 @@ def test_a_gpu_gives_the_cpus_tokens(architecture: str, tmp_path: Path) -> None:
         assert gap(there[name], completions) < TOLERANCE
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(name, marks=on_a_gpu) for name in ("float32", "bfloat16")])
-def test_new_weights_and_adapters_take_effect_in_graphs_that_are_there(dtype: Any, tmp_path: Path) -> None:
-    base, other = save_model(tmp_path / "a", "qwen2", seed=1), save_model(tmp_path / "b", "qwen2", seed=2)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        pytest.param(*both, marks=on_a_gpu)
+        for both in (("qwen2", "float32"), ("qwen2", "bfloat16"), ("gpt2", "bfloat16"))
+    ],
+)
+def test_new_weights_and_adapters_take_effect_in_graphs_that_are_there(
+    architecture: str, dtype: Any, tmp_path: Path
+) -> None:
+    base, other = (save_model(tmp_path / str(seed), architecture, seed=seed) for seed in (1, 2))
     built, wanted = engine(base, "cuda", dtype=dtype), engine(other, "cuda", dtype=dtype)
     asked = [request(1, 40, n=3, temperature=0)]
     before = generate(built, asked)["r1"]
     for i, rank in enumerate((4, 20, 4, 40)):  # of which some need memory elsewhere
-        built.load_adapter(f"a{i}", *make_adapter(base, tmp_path / str(i), i, r=rank))
+        built.load_adapter(f"a{i}", *make_adapter(base, tmp_path / f"a{i}", i, r=rank))
     own = {generate(built, [replace(asked[0], adapter=f"a{i}")])["r1"][0].tokens.tobytes() for i in range(4)}
     assert len(own | {before[0].tokens.tobytes()}) == 5
     assert bits(generate(built, asked)["r1"]) == bits(before)
