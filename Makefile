@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 VLLM := .venv-vllm
 
-.PHONY: install quickstart test test-vllm bench chaos check clean
+.PHONY: install quickstart test test-slow test-vllm bench chaos check clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -15,7 +15,10 @@ quickstart: install
 	$(BIN)/raylign run recipes/quickstart.yaml
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/pytest -m slow
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/pytest -m vllm

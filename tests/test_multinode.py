@@ -17,6 +17,7 @@ import pytest
 
 
 @pytest.mark.multinode
+@pytest.mark.slow
 def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(
     tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -40,6 +41,7 @@ def test_nodes_come_and_go_and_the_weights_are_those_of_one_worker(
 
 
 @pytest.mark.multinode
+@pytest.mark.slow
 def test_roles_stand_together_and_apart_also_after_their_node_is_lost(
     tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:

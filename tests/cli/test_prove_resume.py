@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_killed_run_is_shown_to_end_as_an_undisturbed_one(tiny_grpo: Callable[..., Path], tmp_path: Path) -> None:
     recipe = tiny_grpo("proven", stages__0__steps=40, stages__0__kl="null", cluster__cpus=3)
     command = [sys.executable, "-m", "raylign.cli", "run", str(recipe), "--prove-resume", "--json"]

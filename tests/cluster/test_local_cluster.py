@@ -152,6 +152,7 @@ def test_a_job_nobody_knows_is_not_found(cluster: LocalCluster) -> None:
         Jobs(cluster.jobs_url).status("raylign-nobody-1")
 
 
+@pytest.mark.slow
 def test_a_submitted_run_is_scaled_stopped_and_goes_on(
     cluster: LocalCluster, home: Path, tiny_model: Path, tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_a_submitted_run_is_scaled_stopped_and_goes_on(
     assert json.loads(raylign("stop", "life", "--json", home=home).stdout)["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_job_whose_controller_is_killed_ends_as_if_it_had_not_been(
     cluster: LocalCluster, home: Path, tiny_model: Path, tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:

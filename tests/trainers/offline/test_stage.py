@@ -86,6 +86,7 @@ def test_cpt_learns_and_leaves_an_ordinary_model_folder(undisturbed: tuple[Path,
     assert (status["stage"], status["step"], status["steps"], status["workers"]) == ("cpt", 40, 40, {"train": 2})
 
 
+@pytest.mark.slow
 def test_a_stop_a_resume_and_a_killed_worker_change_nothing(
     undisturbed: tuple[Path, StageOutcome], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ from .test_failures import pid_of, until
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_a_changed_byte_costs_the_step_since_the_one_before(
     tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -88,6 +89,7 @@ def larger_model(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_kills_of_policy_and_controller_in_the_middle_of_a_file_cost_one_step_each(
     tiny_grpo: Callable[..., Path], larger_model: Path, ray_session: str, tmp_path: Path
 ) -> None:

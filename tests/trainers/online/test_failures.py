@@ -84,6 +84,7 @@ def pid_of(actor: str) -> int:
     return next(a["Pid"] for a in actors(actor_state_name="ALIVE").values() if a["Name"] == actor)
 
 
+@pytest.mark.slow
 def test_a_policy_that_dies_too_often_ends_the_run_and_a_resume_begins_the_same_again(
     begin: Callable[..., tuple[RunDir, dict[str, Any]]], tmp_path: Path
 ) -> None:

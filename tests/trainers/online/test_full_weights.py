@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, tensors_digest
@@ -13,6 +14,7 @@ from raylign.trainers.pipeline import finished, run_recipe
 from raylign.trainers.recipe import load_recipe
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_all_weights_publishes_keeps_and_resumes_them(
     tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from raylign.cluster.rundir import RunDir
 from raylign.trainers.recipe import load_recipe
 
@@ -14,6 +15,7 @@ from .runs import start
 from .test_failures import pid_of, until
 
 
+@pytest.mark.slow
 def test_the_death_of_a_rank_in_an_update_changes_nothing(
     tiny_grpo: Callable[..., Path], ray_session: str, tmp_path: Path
 ) -> None:
