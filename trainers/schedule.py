@@ -11,13 +11,12 @@ from .stages import StageBase
 def learning_rate(stage: StageBase, step: int, steps: int, *, peak: float | None = None) -> float:
     """The rate of a step (from 0): linear warm-up (3 % of the steps by default), then the stage's schedule to zero.
 
-    Step `warmup_steps` is the first at the full rate, as for transformers, whose first step however has none at all.
     `peak` stands for the stage's own `learning_rate`, where what learns has one of its own.
     """
     peak = stage.learning_rate if peak is None else peak
     warmup = stage.warmup_steps if stage.warmup_steps is not None else math.ceil(0.03 * steps)
     if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
+        return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[stage.schedule]
     return peak * factor

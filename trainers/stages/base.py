@@ -55,7 +55,7 @@ class StageBase(Config):
     """Samples per optimizer step over all workers."""
     learning_rate: float = Field(gt=0)
     warmup_steps: int | None = Field(default=None, ge=0)
-    """Steps below the full rate; 3 % of all by default."""
+    """3 % of the steps by default."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
