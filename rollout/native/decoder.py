@@ -121,9 +121,8 @@ class Decoder:
         ).logits
         return logits[0].float()
 
-    @torch.inference_mode()
     def copy_blocks(self, source: list[int], to: list[int]) -> None:
-        """Copy whole blocks of the cache."""
+        """Copy whole blocks of the cache before the next forward."""
         self._cache.copy(source, to)
 
     def load(self, tensors: dict[str, np.ndarray]) -> None:

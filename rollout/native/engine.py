@@ -209,7 +209,6 @@ class NativeEngine:
         for (slot, _), row, record in zip(entering, rows[len(running) :], state[len(running) :], strict=True):
             self._schedule.enter(slot, row)
             self._state[slot] = record
-        self._schedule.copy_due()
         for slot, event in zip([*running, *(slot for slot, _ in entering)], events, strict=True):
             if event.finish_reason:
                 self._schedule.leave(slot)

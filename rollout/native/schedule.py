@@ -30,7 +30,7 @@ class Piece:
 
 
 class Schedule:
-    """Slots, waiting prompts and blocks. `copy` copies blocks of the cache, from some to as many others.
+    """Slots, waiting prompts and blocks. `copy` has blocks copied, from some to as many others, before the next forward.
 
     A step has at most `prompt_tokens` of prompts: longer ones come in pieces, so that running rows do not wait.
     """
@@ -51,8 +51,6 @@ class Schedule:
         self._pool = BlockPool(blocks)
         self._prompt_tokens = prompt_tokens
         self._copy = copy
-        self._due: tuple[list[int], list[int]] = ([], [])
-        """Blocks that are to be copied, from some to as many others."""
 
     def running(self) -> list[int]:
         """The slots of running rows."""
@@ -125,10 +123,7 @@ class Schedule:
         self._pool.forget()
 
     def enter(self, slot: int, row: Row) -> None:
-        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last.
-
-        `copy_due` copies for all rows that entered, before anything else.
-        """
+        """Make a reserved slot a running row: it shares the prompt's full blocks and gets its own copy of the last."""
         prompt = self.reserved.pop(slot)
         prompt.done = prompt.length
         prompt.entered += 1
@@ -137,19 +132,12 @@ class Schedule:
             row.blocks = [self._pool.share(block) for block in prompt.blocks[:full]]
             if full < len(prompt.blocks):
                 row.blocks.append(self._pool.take())
-                for blocks, more in zip(self._due, (prompt.blocks, row.blocks), strict=True):
-                    blocks += more[full:]
+                self._copy(prompt.blocks[full:], row.blocks[full:])
         else:
             row.blocks = prompt.blocks
             self.waiting.remove(prompt)
         self.tables[slot, : len(row.blocks)] = row.blocks
         self.rows[slot] = row
-
-    def copy_due(self) -> None:
-        """Make the copies of blocks that the rows which entered wait for."""
-        if self._due[0]:
-            self._copy(*self._due)
-            self._due = ([], [])
 
     def leave(self, slot: int) -> None:
         """End a running row."""
