@@ -64,7 +64,8 @@ class Saboteur:
     def install(self) -> None:
         """Be called before all that may be the moment of a cell."""
         from raylign.rollout.pool import RolloutPool
-        from raylign.trainers.online.loop import OnlineLoop, _Phase
+        from raylign.trainers.online.loop import OnlineLoop
+        from raylign.trainers.online.phases import Phases
         from raylign.trainers.online.roles import Roles
 
         _before(OnlineLoop, "run", self._meet)
@@ -72,7 +73,7 @@ class Saboteur:
         _before(RolloutPool, "_give", lambda _, work, *__: self._reach("a group is given out", work.ledger.step))
         _before(Roles, "score", self._score)
         _before(Roles, "ask_reference", lambda *_: self._reach("the reference is asked", self._scored))
-        _before(_Phase, "__enter__", lambda phase: self._enter(phase._name))
+        _before(Phases, "__call__", lambda _, name, *__, **___: self._enter(name))
 
     def _meet(self, loop: Any) -> None:
         self._loop = loop

@@ -29,13 +29,23 @@ def status(
     print_json(facts) if json else _print_one(facts)
 
 
-_NOWHERE = {"stage": None, "step": None, "steps": None, "workers": {}, "wanted": {}, "groups": {}, "metrics": {}}
+_NOWHERE = {
+    "stage": None,
+    "step": None,
+    "steps": None,
+    "workers": {},
+    "wanted": {},
+    "groups": {},
+    "metrics": {},
+    "alarms": [],
+}
 
 
 def _facts(directory: Any) -> dict[str, Any]:
     state = directory.status()
     facts = {key: state.get(key) for key in ("status", "reason", "stage", "step", "steps")}
     facts |= {key: state.get(key, {}) for key in ("workers", "wanted", "groups", "metrics")}
+    facts["alarms"] = state.get("alarms", [])
     facts |= {key: state.get(key) for key in ("since", "address", "dashboard")}
     if directory.lost():
         facts["status"] = "lost"
@@ -91,6 +101,7 @@ def _print_one(facts: dict[str, Any]) -> None:
         rows.append(["dashboard", facts["dashboard"]])
     rows += [["reason", facts["reason"]]] if facts["reason"] else []
     rows += [[name, f"{value:.4g}"] for name, value in facts["metrics"].items()]
+    rows += [[f"alarm {alarm['name']}", f"{alarm['saw']}. Try: {alarm['attempt']}"] for alarm in facts["alarms"]]
     print_table(facts["run"], ["", ""], rows)
 
 

@@ -26,10 +26,12 @@ _ORDER = tuple(GroupState)
 
 
 class Ledger:
-    """The groups of one step, by their place in the batch; all of them must come from one weight version."""
+    """The groups of one step, or of what is asked beside it; all of them must come from one weight version."""
 
-    def __init__(self, step: int, size: int, version: int, digest: str) -> None:
+    def __init__(self, step: int, size: int, version: int, digest: str, *, title: str = "") -> None:
         self.step, self.version, self.digest = step, version, digest
+        self.title = title or f"step {step}"
+        """What the groups are for, in messages."""
         self._state: dict[int, GroupState] = {}
         self._counts = dict.fromkeys(GroupState, 0)
         self._groups: dict[int, Group] = {}
@@ -156,4 +158,4 @@ class Ledger:
         self._state[index] = state
 
     def _place(self, index: int) -> str:
-        return f"step {self.step}, group {index}"
+        return f"{self.title}, group {index}"

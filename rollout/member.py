@@ -10,6 +10,7 @@ from ..cluster.calls import Wait
 from ..cluster.placement import ANYWHERE, Bounds, free, release, reserve
 from ..cluster.planning import amount
 from ..cluster.weights import WeightVersion
+from .ledger import Ledger
 from .worker import WorkerSpec
 
 
@@ -26,8 +27,9 @@ class Stage(StrEnum):
 class Run:
     """One call for one group."""
 
+    ledger: Ledger
+    """That the group is counted in."""
     index: int
-    step: int
     since: float = field(default_factory=time.monotonic)
     wanted: bool = True
     """Whether its result still counts; one that does not has been aborted, and takes up room until it answers."""
@@ -112,7 +114,7 @@ def waits(member: Member, spec: WorkerSpec, *, patience: float) -> list[Wait]:
     def wait(what: str, since: float) -> Wait:
         return Wait(what, member.name, member.node, calls.epoch(since))
 
-    found = [wait(f"step {run.step} group {run.index}", run.since) for _, run in member.wanted()]
+    found = [wait(f"{run.ledger.title} group {run.index}", run.since) for _, run in member.wanted()]
     if member.stage is Stage.PLACING:
         asked = amount(spec.config.resources.cpus, spec.config.resources.gpus)
         found.append(wait(f"a place with {asked}{member.bounds} ({free()})", member.since))

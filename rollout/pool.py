@@ -231,7 +231,7 @@ class RolloutPool:
             Running(run.index, now - run.since, answers=not self._fleet.silent(member, now))
             for member in self._fleet.members.values()
             for _, run in member.wanted()
-            if run.step == work.ledger.step
+            if run.ledger is work.ledger
         ]
         slow = overdue(running, work.seconds)
         barred = {index: work.ledger.runners(index) for index in slow}
@@ -243,7 +243,7 @@ class RolloutPool:
 
     def _give(self, work: Work, index: int, name: str) -> None:
         member, call = self._fleet.members[name], next(self._calls)
-        member.runs[call] = Run(index, work.ledger.step)
+        member.runs[call] = Run(work.ledger, index)
         ref = member.actor.generate.remote(work.tasks[index], call)
         self._fleet.inbox.expect(ref, partial(self._on_group, work, member, call))
 
@@ -259,7 +259,7 @@ class RolloutPool:
         """Count a group that came back; a worker that failed with it is replaced, and the group runs again."""
         copies = work.ledger.runners(run.index)
         try:
-            group = calls.outcome(future, actor=member.name, what=f"step {run.step} group {run.index}")
+            group = calls.outcome(future, actor=member.name, what=f"{run.ledger.title} group {run.index}")
             work.ledger.generated(group)
         except WorkerLost as error:
             self._fleet.drop(member, error)
@@ -279,7 +279,7 @@ class RolloutPool:
 
     def _abandon_copies(self, done: Run, workers: Sequence[str]) -> None:
         for member in map(self._fleet.members.__getitem__, workers):
-            same = [c for c, run in member.wanted() if (run.step, run.index) == (done.step, done.index)]
+            same = [c for c, run in member.wanted() if run.ledger is done.ledger and run.index == done.index]
             self._abandon(member, same)
 
     def _abandon(self, member: Member, open_calls: Sequence[int]) -> None:

@@ -167,7 +167,7 @@ def pause(failed_starts: int) -> float:
 
 def give_up(ledger: Ledger, index: int, reason: str) -> str | None:
     """Why a group is not tried again, or None; `reason` is the last error that took a worker or a group."""
-    where = f"step {ledger.step}, group {index}"
+    where = f"{ledger.title}, group {index}"
     if ledger.failures[index] >= MAX_FAILURES:
         return f"{where}: failed on {MAX_FAILURES} workers, lastly: {reason}"
     if ledger.losses[index] >= MAX_LOSSES:

@@ -113,6 +113,13 @@ class Origin(NamedTuple):
     row: int
 
 
+class Draw(NamedTuple):
+    """How many completions a group gets and at which temperature, where that is not as a stage's rollouts are drawn."""
+
+    samples: int
+    temperature: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """One prompt and its G completions: the unit of dispatch, retry and accounting."""
@@ -126,6 +133,8 @@ class Group:
     """The data's own completion `[T]` int32, where a stage learns from it."""
     origin: Origin | None = None
     """None for this step and this place."""
+    draw: Draw | None = None
+    """None for the recipe's group size and sampling."""
     budget: int | None = None
     """How many tokens each completion may get now; what is not finished then is carried to the next step."""
     samples: tuple[Sample, ...] = ()

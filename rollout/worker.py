@@ -171,7 +171,7 @@ class RolloutWorker:
             prompt=group.prompt,
             sampling=self._sampling(group, 0),
             seed=SeedKey(self._spec.seed, step, index),
-            n=self._spec.config.group_size,
+            n=group.draw.samples if group.draw else self._spec.config.group_size,
             adapter=self._adapter,
         )
         if not group.samples:
@@ -192,6 +192,8 @@ class RolloutWorker:
 
     def _sampling(self, group: Group, drawn: int) -> Sampling:
         sampling = self._spec.sampling()
+        if group.draw:
+            sampling = replace(sampling, temperature=group.draw.temperature)
         left = sampling.max_tokens - drawn
         return replace(sampling, max_tokens=min(left, group.budget or left))
 

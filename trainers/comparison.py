@@ -8,8 +8,8 @@ from typing import Any
 
 from ..cluster.rundir import RunDir
 
-_CLOCKS = ("time", "tokens_per_second", "workers/rollout")
-"""Metrics of the machine, not of the recipe; and all under `seconds/`."""
+CLOCKS = ("time", "seconds/", "tokens_per_second", "memory/", "workers/rollout")
+"""How metrics of the machine, not of the recipe, begin."""
 
 _STATE = ("*.safetensors", "optimizer*", "scheduler*", "rng_state*")
 """The files of a checkpoint that say what was learned and how training goes on."""
@@ -50,8 +50,7 @@ def compare(ours: RunDir, theirs: RunDir) -> Comparison:
 def metrics(run: RunDir) -> dict[Step, dict[str, float]]:
     """What each step said of itself, without clocks."""
     return {
-        (m["stage"], m["step"]): {k: v for k, v in m.items() if k not in _CLOCKS and not k.startswith("seconds/")}
-        for m in run.all_metrics()
+        (m["stage"], m["step"]): {k: v for k, v in m.items() if not k.startswith(CLOCKS)} for m in run.all_metrics()
     }
 
 

@@ -102,7 +102,7 @@ class RunConfig(Config):
             raise ValueError("model.init is random: the first stage must be cpt, which trains all weights")
         paths = [self.model.path, *(s.data.path for s in self.stages)]
         paths += [self.evaluation.data.path] if self.evaluation else []
-        paths += [s.held_out.path for s in self.stages if isinstance(s, RewardModelStage) and s.held_out]
+        paths += [s.held_out.path for s in self.stages if isinstance(s, RewardModelStage | OnlineStage) and s.held_out]
         paths += [source.path or "" for _, _, source in self._reward_models()]
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")

@@ -141,6 +141,7 @@ def conclude(
         "weights": {"version": last.version, "digest": last.digest} if last else None,
         "served": served,
         "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, OnlineStage)),
+        "alarms": alarms_of(run),
         "wall_seconds": state.get("wall_seconds", 0.0),
         "peak_memory_gb": state.get("peak_memory_gb", 0.0),
         **_workers_seen(config, done, state),
@@ -150,6 +151,12 @@ def conclude(
     run.event("run_ended", status=status, reason=reason)
     _report(run)
     return summary
+
+
+def alarms_of(run: RunDir) -> list[dict[str, Any]]:
+    """The alarms that began in a run, in order: stage, step, which, what was seen, what to try."""
+    keys = ("stage", "step", "alarm", "saw", "try")
+    return list({(e["stage"], e["step"], e["alarm"]): {k: e[k] for k in keys} for e in run.events("alarm")}.values())
 
 
 def _workers_seen(config: RunConfig, done: Sequence[Finished], state: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +260,7 @@ def _run_stage(
         index=index,
         model=model,
         encoded=given.proof.require(),
-        held_out=given.held_out,
+        held_out=given.held_out.proof.require() if given.held_out else (),
         seed=config.seed,
         run_dir=run,
         init_random=index == 0 and config.model.init == "random",

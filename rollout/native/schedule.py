@@ -30,7 +30,7 @@ class Piece:
 
 
 class Schedule:
-    """Slots, waiting prompts and blocks. `copy` has blocks copied, from some to as many others, before the next forward.
+    """Slots, waiting prompts and blocks. `copy` has blocks copied to as many others before the next forward.
 
     A step has at most `prompt_tokens` of prompts: longer ones come in pieces, so that running rows do not wait.
     """

@@ -19,7 +19,7 @@ from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from ..recipe import resolve_prepared
 from ..stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
-from .proof import EncodedRow, Proof, prove_stage, refuse_overlap
+from .proof import Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage, load_rows
 from .template import Tokenizer, load_tokenizer
 
@@ -30,8 +30,8 @@ class StageInput:
 
     rows: list[Row]
     proof: Proof
-    held_out: tuple[EncodedRow, ...] = ()
-    """Pairs that a reward model is measured on."""
+    held_out: "StageInput | None" = None
+    """What a stage is measured on: a reward model's pairs, an online stage's prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +143,15 @@ def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
     return rows
 
 
-def _held_out(stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path) -> tuple[EncodedRow, ...]:
-    """The pairs a reward model is measured on, encoded as it trains; none of their prompts is trained on."""
-    if not isinstance(stage, RewardModelStage) or stage.held_out is None:
-        return ()
-    pairs = _rows(stage.held_out, run, stage)
-    refuse_overlap(pairs, rows, stage_name(stage))
-    return prove_stage(stage.model_copy(update={"data": stage.held_out}), pairs, tokenizer).require()
+def _held_out(stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path) -> StageInput | None:
+    """What a stage is measured on, encoded as it trains; none of the prompts is trained on."""
+    if not isinstance(stage, RewardModelStage | OnlineStage) or stage.held_out is None:
+        return None
+    asked = _rows(stage.held_out, run, stage)
+    refuse_overlap(asked, rows, stage_name(stage))
+    proof = prove_stage(stage.model_copy(update={"data": stage.held_out}), asked, tokenizer)
+    proof.require()
+    return StageInput(asked, proof)
 
 
 def _check_rewards(config: RunConfig, run: Path, model: Path, tokenizer: Tokenizer) -> None:

@@ -97,13 +97,19 @@ class Checkpoints:
         return step % every == 0 or step == self._stage.steps
 
     def note(self, metrics: dict[str, float]) -> None:
-        """Take in a step's metrics. Raises `InputError` where they lack the one that `keep_best` goes by."""
+        """Take in a step's metrics, or those of held-out prompts.
+
+        Raises `InputError` where a step lacks the one that `keep_best` goes by.
+        """
         best = self._stage.keep_best
-        if best is None or "reward/mean" not in metrics:  # a step without a sound group has nothing to measure
+        if best is None:
             return
         if best.metric not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
+            # a step without a sound group has nothing to measure, and held-out prompts are not asked after each
+            if "reward/mean" in metrics and not best.metric.startswith("held_out/"):
+                known = ", ".join(sorted(metrics))
+                raise InputError(f"keep_best.metric {best.metric!r} is no metric of a step: there are {known}")
+            return
         self._scores.append(metrics[best.metric] * (1 if best.mode == "max" else -1))
 
     def begin(self, step: int, state: dict[str, Any], fill: Fill) -> None:

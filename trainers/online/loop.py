@@ -15,7 +15,6 @@ checkpoint then, and what it had learned since is learned again, bit for bit: th
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,16 @@ from ..interrupt import StopRequested, stop_if_asked
 from ..stages import OnlineStage
 from .ahead import Ahead, Batch, Prompt, Source, Start
 from .batch import TrainSample, trained
-from .carried import keep_carried, kept_carried
+from .carried import kept_carried
 from .checkpoints import Checkpoints
 from .experience import annotated, every_sample, shaped, train_samples
-from .metrics import group_metrics, kl_metrics, spans_by_worker, time_metrics
+from .held_out import HeldOut
+from .keeping import Keeping
+from .metrics import advantage_metrics, group_metrics, kl_metrics, spans_by_worker, time_metrics
+from .phases import Phases
 from .progress import Progress
+from .record import Record
 from .roles import Roles
-
-_HEADLINES = ("reward/mean", "kl", "entropy", "loss")
-"""The metrics that `raylign status` shows."""
 
 
 class OnlineLoop:
@@ -56,19 +56,19 @@ class OnlineLoop:
         checkpoints: Path,
         seed: int,
         on_metrics: Callable[[int, dict[str, float]], None],
+        held_out: HeldOut | None = None,
     ) -> None:
         self._stage, self._name = stage, name
         self._roles, self._pool, self._run = roles, pool, run
-        self._on_metrics, self._prompts = on_metrics, prompts
+        self._prompts, self._held_out = prompts, held_out
+        self._record = Record(run, name, stage, on_metrics)
         self._kept = Checkpoints(checkpoints, stage, {"seed": seed, "rows": len(prompts), "stage": name})
         self._weights = WeightStore(staleness=stage.staleness, exact=stage.rollout.is_exact)
         source = Source(stage=stage, prompts=prompts, seed=seed, pool=pool, roles=roles)
         self._ahead = Ahead(source, self._weights)
         self._progress = Progress.at_start(stage)
-        self._phases: dict[str, float] = {}
-        """Seconds of the step under way, and of a checkpoint before it."""
-        self._now: Wait | None = None
-        """The phase under way."""
+        self._phases = Phases(run, lambda: self._say(self.step))
+        self._keeping = Keeping(self._kept, roles, self._weights, run, name, self._look_after)
         self._last_tick = 0.0
         self._placed = False
         """Whether the roles have places, so that rollout workers may take theirs."""
@@ -81,13 +81,17 @@ class OnlineLoop:
         """How often roles were started anew."""
         self.step = 0
         self.stopped = False
-        self.last_metrics: dict[str, float] = {}
         self.workers_seen = (pool.target, pool.target)
 
     @property
     def weights(self) -> WeightVersion:
         """The version published last. Raises `RunFailed` before the first."""
         return self._weights.current
+
+    @property
+    def last_metrics(self) -> dict[str, float]:
+        """Those of the last step, with the last measurement on held-out prompts."""
+        return self._record.last
 
     @property
     def version(self) -> int:
@@ -104,7 +108,7 @@ class OnlineLoop:
             while not self.stopped and not self._went_on():
                 pass
         except Exception as error:
-            self._let_go()
+            self._keeping.let_go()
             if not isinstance(error, RaylignError):
                 raise
             raise type(error)(f"{error}; {self._kept.way_on(self._name, self._run.argument)}") from error
@@ -121,7 +125,7 @@ class OnlineLoop:
                 self.stopped = True
                 self._ahead.close()
                 self._checkpoint()
-            self._finish_checkpoint(wait=True)
+            self._finish_checkpoint()
         except (WorkerLost, WorkerFailed) as error:
             self._replace_lost(error)
             return False
@@ -136,13 +140,18 @@ class OnlineLoop:
         else:
             self._pool.start(self._weights.current, tick=self._tick)
         self._ahead.begin(self.step, Start(self._progress.drawn, self._progress.carried))
-        while self.step < self._stage.steps:
+        self._measure()
+        while self.step < self._stage.steps and not self._record.is_over():
             stop_if_asked(self._run)
             self._follow()
             self._train_step(self.step)
             self.step, self._agree = self.step + 1, True
-            if self._kept.due(self.step):
+            self._measure()
+            if self._kept.due(self.step) or self._record.is_over():
                 self._checkpoint()
+        if self.step < self._stage.steps:
+            self._ahead.close()
+            self._run.event("ended_early", stage=self._name, step=self.step)
 
     def _bring_workers(self) -> None:
         """Have rollout workers load their models while the roles load theirs."""
@@ -164,7 +173,7 @@ class OnlineLoop:
         if not lost or self._failures > self._stage.max_failures:
             raise error
         self.restarts += 1
-        self._phases = {}
+        self._phases.seconds = {}
         if lost & learners:
             self._kept.drop()  # nobody writes it any more
         self._run.event("role_lost", stage=self._name, step=self.step, roles=sorted(lost), reason=str(error))
@@ -174,20 +183,21 @@ class OnlineLoop:
         batch = self._sample(step)
         groups = self._reference(batch)
         samples = self._advantage(self._values(groups))
-        learned = self._update(samples, step) | {"samples/trained": float(len(trained(samples, self._stage)))}
+        learned = self._update(samples, step) | advantage_metrics(samples)
+        learned["samples/trained"] = float(len(trained(samples, self._stage)))
         self._publish(step + 1, changed=bool(learned.pop("updated")))
         self._ahead.trained()
         learned |= self._roles.scoring_troubles(batch.troubles, tick=self._look_after)
-        self._record(batch, groups, learned)
+        self._note(batch, groups, learned)
         self._progress = self._progress.after(batch.drawn, groups, self._stage, batch.carried)
 
     def _sample(self, step: int) -> Batch:
         """The step's batch, generated and scored; it is on its way already, and those after it meanwhile."""
         batch = self._ahead.first
         while True:
-            with self._phase("generate", since=batch.began):
+            with self._phases("generate", self.step, since=batch.began):
                 self._wait_until(lambda: batch.generated)
-            with self._phase("score", lane="reward-0"):
+            with self._phases("score", self.step, lane="reward-0"):
                 self._wait_until(lambda: batch.full or not batch.generated)
             if batch.full:
                 break
@@ -207,7 +217,7 @@ class OnlineLoop:
         """The batch's groups with the reference's log-probs of every sample, where there is a reference."""
         if not self._stage.has_reference:
             return batch.groups
-        with self._phase("reference", lane="reference"):
+        with self._phases("reference", self.step, lane="reference"):
             logprobs = self._roles.reference_logprobs(batch.reference, tick=self._tick)
             return annotated(batch.groups, "reference", logprobs)
 
@@ -215,7 +225,7 @@ class OnlineLoop:
         """The groups with the critic's value of every token, where there is a critic."""
         if not self._stage.critic:
             return groups
-        with self._phase("values", lane="critic-0"):
+        with self._phases("values", self.step, lane="critic-0"):
             return annotated(groups, "values", self._roles.values(every_sample(groups), tick=self._tick))
 
     def _advantage(self, groups: list[Group]) -> list[TrainSample]:
@@ -224,12 +234,12 @@ class OnlineLoop:
 
     def _update(self, samples: list[TrainSample], step: int) -> dict[str, float]:
         self._agree = False
-        with self._phase("update", lane="policy-0"):
+        with self._phases("update", self.step, lane="policy-0"):
             return self._roles.update(samples, step, self._progress.kl_coefficient, tick=self._look_after)
 
     def _publish(self, version: int, *, changed: bool) -> None:
         """Make the policy's weights the next version; rollout workers prove that they hold it before they use it."""
-        with self._phase("publish", lane="policy-0"):
+        with self._phases("publish", self.step, lane="policy-0"):
             published = self._roles.publish(version, self._pool.names, tick=self._look_after)
             self._weights.publish(published, changed=changed)
             if published.parcel.note:
@@ -237,24 +247,34 @@ class OnlineLoop:
             self._pool.set_weights(published)
             self._ahead.advance()
 
-    def _record(self, batch: Batch, groups: list[Group], learned: dict[str, float]) -> None:
+    def _measure(self) -> None:
+        """Have the held-out prompts answered, where that is due now and was not done."""
+        if not self._held_out or not self._held_out.due(self.step) or self._record.measured(self.step):
+            return
+        with self._phases("held_out", self.step):
+            asked = self._held_out.ask(self.step, self._weights.current)
+            self._wait_until(lambda: asked.answered)
+        metrics = asked.metrics()
+        self._roles.write_samples(self.step, asked.groups, "held_out")
+        self._kept.note(metrics)
+        self._record.held_out(self.step, metrics)
+
+    def _note(self, batch: Batch, groups: list[Group], learned: dict[str, float]) -> None:
         """Write what the step was like; `groups` are those it learned from."""
         step, finished, scored = batch.ledger.step, batch.finished, shaped(batch.finished, self._stage)
         metrics = group_metrics(finished, scored) | kl_metrics(groups, self._progress.kl_coefficient) | learned
         metrics["groups/drawn"] = float(batch.drawn)
         metrics["groups/carried"] = float(len(batch.carried))
-        metrics |= time_metrics(self._phases, metrics.get("tokens", 0.0))
+        metrics |= time_metrics(self._phases.seconds, metrics.get("tokens", 0.0))
         metrics["version"] = float(self._weights.current.version)
         metrics["workers/rollout"] = float(self._pool.size)
         low, high = self.workers_seen
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
-        self.last_metrics = metrics
         self._kept.note(metrics)
-        self._run.metrics(self._name, step, metrics)
         self._roles.write_samples(step, scored)
-        self._phases = {}
+        self._phases.seconds = {}
+        self._record.step(step, metrics)
         self._say(step + 1)
-        self._on_metrics(step, metrics)
 
     def _restore(self) -> None:
         """Have a new policy go on from the last checkpoint, if any, and publish what it holds then."""
@@ -274,6 +294,7 @@ class OnlineLoop:
         self._weights.begin_at(published, before)
         if checkpoint:
             checkpoint.refuse_another(digest=published.digest)
+        self._record.begin_at(self.step)
         if checkpoint or self._begun:
             self._run.event("resumed", stage=self._name, step=self.step)
         self._begun = self._agree = True
@@ -282,36 +303,15 @@ class OnlineLoop:
         """Begin to save the step, unless that was done already or the policy does not hold it."""
         if self._kept.newest == self.step or not self._agree:
             return
-        self._finish_checkpoint(wait=True)
-        current = self._weights.current
-        state = {"version": current.version, "digest": current.digest, "progress": self._progress.numbers}
-        with self._phase("checkpoint"):
-            self._kept.begin(self.step, state, self._save)
+        self._finish_checkpoint()
+        with self._phases("checkpoint", self.step):
+            self._keeping.begin(self.step, self._progress)
 
-    def _save(self, folder: Path) -> None:
-        """Have all that a step depends on written into the folder of a checkpoint."""
-        keep_carried(folder, self._progress.carried)
-        self._roles.save(folder, self._weights.before(), tick=self._look_after)
-
-    def _finish_checkpoint(self, *, wait: bool = False) -> None:
-        """Finish the checkpoint under way, if those who learn have written it; `wait` for them."""
-        draft = self._kept.draft
-        if draft and wait:
-            with self._phase("checkpoint"):
-                self._roles.finish_writing(tick=self._look_after)
-        written = self._roles.written(draft.folder) if draft else None
-        if written is None or self._kept.draft is not draft:  # it was finished during the wait
-            return
-        self._kept.finish({name: digest for part in written for name, digest in part.digests.items()})
-        took, size = max(part.seconds for part in written), sum(part.bytes for part in written)
-        self._run.event("checkpoint", stage=self._name, step=self._kept.saved, seconds=round(took, 3), bytes=size)
-
-    def _let_go(self) -> None:
-        """Finish the checkpoint under way where that is possible: a run that ends needs not lose its steps, too."""
-        if not self._roles.lost:
-            with suppress(RaylignError):
-                self._finish_checkpoint(wait=True)
-        self._kept.drop()
+    def _finish_checkpoint(self) -> None:
+        """Wait for the checkpoint under way, if any."""
+        if self._kept.draft:
+            with self._phases("checkpoint", self.step):
+                self._keeping.finish(wait=True)
 
     def _tick(self) -> None:
         """Look after the run and, at most twice a second, hear a request to stop. Raises `StopRequested`."""
@@ -330,7 +330,7 @@ class OnlineLoop:
         if self._due():
             self._last_tick = time.monotonic()
             self._roles.look_after()
-            self._finish_checkpoint()
+            self._keeping.finish()
             self._follow()
             self._say(self.step)
 
@@ -359,7 +359,7 @@ class OnlineLoop:
                 "wanted": {"rollout": self._pool.target, "reward": self._roles.scorers.target},
                 "generating": self._ahead.newest_step,
                 "groups": self._ahead.counts(),
-                "metrics": {k: v for k, v in self.last_metrics.items() if k in _HEADLINES},
+                **self._record.told(),
             }
         self._run.update_status(**told)
 
@@ -369,35 +369,7 @@ class OnlineLoop:
         Scorers may have begun before the phase that waits for them.
         """
         roles, workers = self._roles.waiting(), [*self._pool.waiting(), *self._roles.coming()]
-        if self._now and not roles and all(wait.since < self._now.since for wait in workers):
-            return [*workers, self._now]
+        now = self._phases.now
+        if now and not roles and all(wait.since < now.since for wait in workers):
+            return [*workers, now]
         return [*roles, *workers]
-
-    def _phase(self, name: str, lane: str | None = None, *, since: float | None = None) -> "_Phase":
-        return _Phase(self, name, lane, since)
-
-
-class _Phase:
-    """Says that a phase of a step begins, times it, and notes it as a span of the lane that works in it.
-
-    `since` is when its actors began, where that was before the loop came to wait for them.
-    """
-
-    def __init__(self, loop: OnlineLoop, name: str, lane: str | None, since: float | None) -> None:
-        self._loop, self._name, self._lane, self._since = loop, name, lane, since
-
-    def __enter__(self) -> None:
-        self._start = time.time()
-        self._loop._now = Wait(
-            f"{self._name} of step {self._loop.step}", self._lane or "controller", "", self._since or self._start
-        )
-        self._loop._say(self._loop.step)
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        self._loop._now = None
-        if kind is not None:
-            return
-        end = time.time()
-        self._loop._phases[self._name] = self._loop._phases.get(self._name, 0.0) + end - self._start
-        if self._lane:
-            self._loop._run.span(self._lane, self._name, self._start, end, step=self._loop.step)

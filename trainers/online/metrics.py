@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...rollout.records import Group
+from .batch import TrainSample
 from .experience import has_variance
 from .progress import completion_kl
 
@@ -22,10 +23,31 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "truncated": float(np.mean([s.finish_reason == "length" for s in samples])),
         "truncated/count": float(sum(s.finish_reason == "length" for s in samples)),
         "tokens": float(lengths.sum()),
+        "repetition": float(np.mean([repetition(s.tokens) for s in samples])),
     }
     for part in samples[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([s.reward_parts[part] for s in samples]))
     return metrics
+
+
+def repetition(tokens: np.ndarray, size: int = 4) -> float:
+    """The share of a completion's n-grams that stood in it before; 0 for one that is too short to have two."""
+    if len(tokens) <= size:
+        return 0.0
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    return 1 - len({gram.tobytes() for gram in grams}) / len(grams)
+
+
+def advantage_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
+    """Mean, deviation and largest size of the advantages over all tokens of a step; empty where there are none."""
+    advantages = np.concatenate([s.advantages for s in samples], dtype=np.float64) if samples else np.zeros(0)
+    if not len(advantages):
+        return {}
+    return {
+        "advantage/mean": float(advantages.mean()),
+        "advantage/std": float(advantages.std()),
+        "advantage/max": float(np.abs(advantages).max()),
+    }
 
 
 def version_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -76,7 +98,14 @@ def group_metrics(finished: Sequence[Group], scored: Sequence[Group]) -> dict[st
     }
 
 
+_WORK = {"generate": "rollout", "reference": "reference", "values": "critic", "update": "policy"}
+"""Phases in which a role handles a step's tokens."""
+
+
 def time_metrics(phases: Mapping[str, float], tokens: float) -> dict[str, float]:
-    """Seconds in each phase of a step, and its tokens a second."""
+    """Seconds in each phase of a step, and its tokens a second: over all phases, and by role over its own."""
     seconds = {f"seconds/{phase}": took for phase, took in phases.items()}
-    return seconds | {"tokens_per_second": tokens / max(sum(phases.values()), 1e-9)}
+    rates = {
+        f"tokens_per_second/{_WORK[phase]}": tokens / max(t, 1e-9) for phase, t in phases.items() if phase in _WORK
+    }
+    return seconds | rates | {"tokens_per_second": tokens / max(sum(phases.values()), 1e-9)}

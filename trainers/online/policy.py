@@ -205,6 +205,17 @@ def device_of(gpus: float) -> str:
     return "cuda" if gpus and torch.cuda.is_available() else "cpu"
 
 
+def peak_gigabytes() -> float:
+    """The most memory this process has used so far: of its GPU where it computes on one, else of the machine."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 class PolicyActor:
     """The Ray shell of a rank of a `Policy`: publishes what it has learned."""
 
@@ -217,7 +228,7 @@ class PolicyActor:
 
     def update(self, samples: Sequence[TrainSample], step: int, kl_coefficient: float) -> dict[str, float]:
         """One optimizer step."""
-        return self._policy.update(samples, step, kl_coefficient)
+        return self._policy.update(samples, step, kl_coefficient) | {"memory/policy_gb": peak_gigabytes()}
 
     def reference_logprobs(self, samples: Sequence[TrainSample]) -> list[np.ndarray]:
         """Log-probs `[T]` of each completion without the adapter."""

@@ -286,9 +286,9 @@ class Roles:
     def _groups(self) -> list[list[str]]:
         return [names for role in ("policy", "critic") if (names := self._actors.of(role))]
 
-    def write_samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Keep a step's samples as parquet."""
-        write_samples(self._samples, step, groups)
+    def write_samples(self, step: int, groups: Sequence[Group], folder: str = "") -> None:
+        """Keep a step's samples as parquet, those that were not trained on in a folder of their own."""
+        write_samples(self._samples / folder, step, groups)
 
     def counts(self) -> dict[str, int]:
         """How many actors each role has."""

@@ -22,6 +22,7 @@ from ..stages import OnlineStage
 from ..stages.wishes import role_demands
 from .actors import END_SECONDS
 from .ahead import Prompt
+from .held_out import HeldOut
 from .loop import OnlineLoop
 from .policy import PolicySpec
 from .roles import Roles
@@ -85,6 +86,7 @@ def run_online_stage(
         checkpoints=run / "checkpoints" / f"{index}-{name}",
         seed=config.seed,
         on_metrics=on_metrics,
+        held_out=HeldOut(stage, _prompts(given.held_out), pool, roles) if given.held_out else None,
     )
     with ExitStack() as actors:
         actors.callback(roles.close)

@@ -20,6 +20,7 @@ from .blocks import (
 from .learners import LearnerResources
 from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
 from .online import OnlineStage
+from .watch import AlarmsConfig, EarlyStop, HeldOutConfig
 
 StageConfig = Annotated[CptStage | SftStage | DpoStage | RewardModelStage | OnlineStage, Field(discriminator="type")]
 
@@ -27,6 +28,7 @@ __all__ = [
     "ALGORITHMS",
     "AdaptiveKl",
     "Aggregation",
+    "AlarmsConfig",
     "Algorithm",
     "ClipConfig",
     "CptStage",
@@ -34,7 +36,9 @@ __all__ = [
     "DataConfig",
     "DataFormat",
     "DpoStage",
+    "EarlyStop",
     "Estimator",
+    "HeldOutConfig",
     "KlConfig",
     "LearnerResources",
     "LoraConfig",

@@ -23,6 +23,7 @@ from .blocks import (
 )
 from .learners import LearnerResources
 from .sense import refuse_nonsense
+from .watch import AlarmsConfig, HeldOutConfig
 
 
 class OnlineStage(StageBase):
@@ -88,6 +89,8 @@ class OnlineStage(StageBase):
     that is not finished then is carried to the next step and goes on under its weights. A step draws its prompts
     besides what it goes on with, and trains on all groups that are finished in it. None: a step waits for all."""
     keep_best: KeepBest | None = None
+    held_out: HeldOutConfig | None = None
+    alarms: AlarmsConfig = AlarmsConfig()
     policy: LearnerResources = LearnerResources()
     reference: RoleResources | Literal["adapter_off"] = RoleResources(cpus=0.5)
     """An actor of its own with a second copy of the model, or `adapter_off`: the policy itself without its adapter,

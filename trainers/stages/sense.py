@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from ...rollout.rewards.functions import reward_name
 from .wishes import refuse_wishes
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def refuse_nonsense(stage: "OnlineStage") -> None:
         _groups,
         _broadcast,
         _sampling,
+        _held_out,
     ):
         refuse(stage)
 
@@ -177,3 +179,13 @@ def _sampling(stage: "OnlineStage") -> None:
             f"adapter.dropout {stage.adapter.dropout:g}: the engine samples without dropout, so the trainer's "
             "log-probs would be of another distribution; take 0"
         )
+
+
+def _held_out(stage: "OnlineStage") -> None:
+    held_out, names = stage.held_out, [reward_name(reward) for reward in stage.rewards]
+    if held_out and held_out.right and held_out.right not in names:
+        known = ", ".join(names)
+        raise ValueError(f"held_out.right {held_out.right!r} is no reward of the stage: there are {known}")
+    metric = stage.keep_best.metric if stage.keep_best else ""
+    if metric.startswith("held_out/") and not held_out:
+        raise ValueError(f"keep_best.metric {metric!r}: nothing is held out; add held_out, or take reward/mean")

@@ -142,7 +142,7 @@ def test_a_critic_that_starts_from_it_expects_its_score_of_the_text_so_far(rlhf:
 
 def test_the_held_out_measure_is_a_count_of_pairs(rlhf: tuple[RunDir, dict[str, Any]], config: RunConfig) -> None:
     run, summary = rlhf
-    held_out = read_inputs(config, run.path).stages[1].held_out
+    held_out = read_inputs(config, run.path).stages[1].held_out.proof.require()
     assert len(held_out) == 30
     model = RewardModel(run / "models" / "1-reward_model")
     rows = [[np.array(p.prompt_ids + ids) for ids in (p.chosen_ids, p.rejected_ids)] for p in held_out]
@@ -171,7 +171,7 @@ def test_a_resume_from_the_last_good_checkpoint_makes_the_same_model(
             index=1,
             model=start,
             encoded=given.proof.require(),
-            held_out=given.held_out,
+            held_out=given.held_out.proof.require(),
             seed=config.seed,
             run_dir=run,
         ).result()

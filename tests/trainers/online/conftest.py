@@ -18,6 +18,7 @@ from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.online.actors import Actors
+from raylign.trainers.online.held_out import HeldOut
 from raylign.trainers.online.loop import OnlineLoop
 from raylign.trainers.online.policy import PolicySpec
 from raylign.trainers.online.roles import Roles
@@ -94,11 +95,12 @@ def train_here(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], Roll
     ) -> RunDir:
         answers = [f'{{"prompt": "word {n}", "completion": "{n} eels"}}\n' for n in range(10)]
         (tmp_path / "answers.jsonl").write_text("".join(answers))
+        (tmp_path / "held_out.jsonl").write_text("".join(f'{{"prompt": "other {n}"}}\n' for n in range(3)))
         fields = {"type": algorithm, "steps": 2, "kl": "null", **fields}
         config = load_recipe(tiny_grpo(name, **{f"stages__0__{key}": value for key, value in fields.items()}))
         run = open_run(config, tmp_path, named=True, resume=True)
         inputs, stage = read_inputs(config, run.path), config.stages[0]
-        base = inputs.model
+        base, given = inputs.model, inputs.stages[0]
         spec = PolicySpec(
             base=base, base_digest=base_digest(base), adapter=None, stage=stage, seed=config.seed, dtype="float32"
         )
@@ -119,13 +121,14 @@ def train_here(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], Roll
         loop = OnlineLoop(
             stage,
             algorithm,
-            prompts=_prompts(inputs.stages[0]),
+            prompts=_prompts(given),
             roles=roles,
             pool=shared,
             run=run,
             checkpoints=run / "checkpoints",
             seed=config.seed,
-            on_metrics=lambda step, _: act(run, step + 1),
+            on_metrics=lambda step, told: act(run, step + 1) if "reward/mean" in told else None,
+            held_out=HeldOut(stage, _prompts(given.held_out), shared, roles) if given.held_out else None,
         )
         loop.run()
         run.event("weights", version=loop.version, digest=loop.weights.digest)

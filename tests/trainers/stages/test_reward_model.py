@@ -121,7 +121,7 @@ def test_held_out_pairs_that_are_trained_on_are_refused(tmp_path: Path, tiny_mod
         read_inputs(config, tmp_path)
     write("held_out.jsonl", range(10, 15))
     given = read_inputs(config, tmp_path).stages[0]
-    assert (len(given.proof.require()), len(given.held_out)) == (10, 5)
+    assert (len(given.proof.require()), len(given.held_out.rows)) == (10, 5)
 
 
 def test_a_policy_folder_as_reward_model_is_refused_with_its_key(tmp_path: Path, tiny_model: Path) -> None:
