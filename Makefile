@@ -8,7 +8,7 @@ install: .venv/.installed
 .venv/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "raylign needs Python 3.11 ($(PYTHON) was not found; set PYTHON=…)"; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0' -e '.[dev,qlora]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0' -e '.[dev,qlora,trackio]'
 	touch $@
 
 quickstart: install

@@ -55,6 +55,10 @@ class TrackingConfig(Config):
     """Where metrics go besides the run directory."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    trackio: bool = False
+    """Keep them for `trackio show` in the run's directory; needs `raylign[trackio]`."""
+    prometheus: bool = True
+    """Show those of the last step where Prometheus scrapes the cluster's nodes, as `ray_raylign_…`."""
     project: str = "raylign"
 
 

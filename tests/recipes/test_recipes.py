@@ -46,6 +46,8 @@ def test_gsm8k_grpo_trains_on_real_questions(
         f"model.path={tiny_model}",
         f"stages.0.data.path={shared_data / 'gsm8k/train.jsonl'}",
         "stages.0.data.limit=8",
+        f"stages.0.held_out.path={shared_data / 'gsm8k/test.jsonl'}",
+        "stages.0.held_out.limit=4",
         "stages.0.steps=2",
         "stages.0.batch_size=16",
         "stages.0.warmup_steps=0",
@@ -59,6 +61,11 @@ def test_gsm8k_grpo_trains_on_real_questions(
     metrics = done.all_metrics()
     assert [m["step"] for m in metrics] == [0, 1]
     assert all(np.isfinite([m["loss"], m["grad_norm"], m["reward/mean"]]).all() for m in metrics)
+
+    answers = pq.read_table(done / "samples/grpo/held_out/step-000002.parquet").to_pylist()
+    tests = [json.loads(line)["question"] for line in (shared_data / "gsm8k/test.jsonl").open()]
+    assert [row["prompt"] for row in answers] == tests[:4]
+    assert metrics[1]["held_out/reward"] == pytest.approx(np.mean([row["reward"] for row in answers]))
 
     rows = [row for n in range(2) for row in pq.read_table(done / f"samples/grpo/step-{n:06d}.parquet").to_pylist()]
     assert len(rows) == 2 * 16

@@ -1,18 +1,24 @@
-"""W&B offline: what it writes, and that nothing of it stays."""
+"""Trackers: what each writes or shows, and that nothing of it stays."""
 
+import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from raylign.cluster.errors import InputError
 from raylign.trainers.config import TrackingConfig
-from raylign.trainers.tracking import NoTracker, WandbTracker, open_tracker
+from raylign.trainers.tracking import open_tracker
+from raylign.trainers.tracking.prometheus import gauge_name
+from raylign.trainers.tracking.wandb import WandbTracker
 
-OFFLINE = TrackingConfig(wandb="offline", project="tests")
+OFFLINE = TrackingConfig(wandb="offline", prometheus=False, project="tests")
 
 
 def services() -> list[psutil.Process]:
@@ -24,8 +30,8 @@ def history(run_dir: Path) -> bytes:
 
 
 def test_off_keeps_nothing(tmp_path: Path) -> None:
-    tracker = open_tracker(TrackingConfig(), tmp_path, "run", {})
-    assert isinstance(tracker, NoTracker)
+    tracker = open_tracker(TrackingConfig(prometheus=False), tmp_path, "run", {})
+    assert tracker.all == ()
     tracker.log(1, {"loss": 1.0})
     tracker.finish()
     assert not list(tmp_path.iterdir())
@@ -64,8 +70,7 @@ def test_resumed_run_keeps_its_id_and_works_off_the_main_thread(tmp_path: Path) 
 
 
 def test_death_of_the_service_ends_tracking_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tracker = open_tracker(OFFLINE, tmp_path, "run", {})
-    assert isinstance(tracker, WandbTracker)
+    tracker = WandbTracker(OFFLINE, tmp_path / "wandb", "run", {})
     service = services()[0]
     service.kill()
     psutil.wait_procs([service], timeout=10)
@@ -99,3 +104,47 @@ def test_online_without_a_key_is_an_input_error(tmp_path: Path) -> None:
     assert last.startswith(f"{InputError.__module__}.InputError: tracking.wandb online: W&B does not start"), (
         done.stderr
     )
+
+
+KEEP = """
+import sys
+from pathlib import Path
+from raylign.trainers.config import TrackingConfig
+from raylign.trainers.tracking import open_tracker
+tracker = open_tracker(TrackingConfig(trackio=True, prometheus=False, project="tests"), Path.cwd(), "run", {"seed": 7})
+for step in range(int(sys.argv[1]), int(sys.argv[1]) + 2):
+    tracker.log(step, {"reward/mean": step / 10}, "grpo")
+tracker.finish()
+"""
+
+
+def test_trackio_keeps_both_parts_of_a_run_in_its_folder_and_says_nothing_on_stdout(tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="the extra raylign[trackio] is not installed")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRACKIO_")} | {"HOME": str(tmp_path)}
+    for start in ("0", "2"):
+        command = [sys.executable, "-c", KEEP, start]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    (path,) = tmp_path.glob("trackio/*.db")
+    with sqlite3.connect(path) as database:
+        lines = [json.loads(line) for (line,) in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+    assert [(line["grpo/step"], line["grpo/reward/mean"]) for line in lines] == [(0, 0), (1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_prometheus_shows_the_last_step_where_a_node_is_scraped(ray_session: str, tmp_path: Path) -> None:
+    import ray
+
+    assert gauge_name("reward/exact match\n{x}") == "raylign_reward_exact_match_x_"
+    tracker = open_tracker(TrackingConfig(), tmp_path, "prom", {})
+    tracker.log(1, {"reward/mean": 0.25}, "grpo")
+    tracker.log(2, {"reward/mean": 0.5}, "grpo")
+    node = ray.nodes()[0]
+    url, deadline = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", time.monotonic() + 60
+    while True:
+        body = httpx.get(url, trust_env=False).text
+        mine = [line for line in body.splitlines() if 'run="prom"' in line and "raylign_reward_mean{" in line]
+        if mine and mine[0].endswith(" 0.5"):
+            break
+        assert time.monotonic() < deadline, mine
+        time.sleep(0.2)
+    assert 'stage="grpo"' in mine[0]

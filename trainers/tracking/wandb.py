@@ -1,4 +1,4 @@
-"""Where metrics go besides the run directory: Weights & Biases, or nowhere.
+"""Weights & Biases: what one run sends or keeps for `wandb sync`.
 
 Tracking never ends a run: where it breaks down midway, one warning says so and `metrics.jsonl` has the rest.
 """
@@ -9,44 +9,12 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..cluster.errors import InputError
-from .config import TrackingConfig
+from ...cluster.errors import InputError
+from ..config import TrackingConfig
 
 logger = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Takes a step's metrics; one thread at a time calls it."""
-
-    def log(self, step: int, metrics: Mapping[str, float], stage: str = "") -> None:
-        """Note a step's metrics; with a stage they are called `<stage>/<metric>` and drawn over `<stage>/step`."""
-        ...
-
-    def finish(self) -> None:
-        """Write everything out and let go of every process; may be called twice."""
-        ...
-
-
-class NoTracker:
-    """Takes metrics and keeps none."""
-
-    def log(self, step: int, metrics: Mapping[str, float], stage: str = "") -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
-
-
-def open_tracker(config: TrackingConfig, run_dir: Path, name: str, recipe: Mapping[str, Any]) -> Tracker:
-    """The tracker a recipe asks for. W&B writes to `<run_dir>/wandb`; a resumed run goes on under the same id.
-
-    Raises `InputError` where W&B refuses to start (online without a key or a connection, say).
-    """
-    if config.wandb == "off":
-        return NoTracker()
-    return WandbTracker(config, run_dir / "wandb", name, recipe)
 
 
 class WandbTracker:
