@@ -20,10 +20,13 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
 
 
-def encode_prompt(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+def encode_prompt(
+    tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
     """The tokens to generate after; control tokens written in a message are read as plain text.
 
-    Raises `InputError` where there is no chat template, or it refuses the messages.
+    `tools` are the JSON schemas of what the model may call. Raises `InputError` where there is no chat template, or it
+    refuses the messages.
     """
     from jinja2 import TemplateError
 
@@ -31,7 +34,11 @@ def encode_prompt(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) 
         raise InputError("the model has no chat template")
     try:
         ids = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+            [dict(m) for m in messages],
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
         )
     except TemplateError as error:
         raise InputError(f"the chat template refuses these messages: {error}") from None

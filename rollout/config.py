@@ -20,6 +20,35 @@ class SamplingConfig(Config):
     max_tokens: int = Field(default=256, ge=1)
 
 
+class EnvironmentBase(Config):
+    """What answers the policy between its turns, in processes of its own."""
+
+    turns: int = Field(default=4, ge=1)
+    """Messages of the policy in an episode, at most; all of its tokens and observations are within `max_tokens`."""
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    """For one answer."""
+    processes: int = Field(default=1, ge=1)
+    """Of each rollout worker: so many episodes are answered at once."""
+
+
+class ToolsConfig(EnvironmentBase):
+    """Python functions that the policy may call by its chat template, until it says something without a call."""
+
+    type: Literal["tools"] = "tools"
+    functions: list[str] = Field(min_length=1)
+    """Each by file (`calculator.py:calculate`) or import path, with annotations and a docstring for the policy."""
+
+
+class PythonEnvironmentConfig(EnvironmentBase):
+    """A class with `step(messages, row) -> (observation, reward, done)`; see `raylign.rollout.environments`."""
+
+    type: Literal["python"] = "python"
+    path: str
+
+
+EnvironmentConfig = Annotated[ToolsConfig | PythonEnvironmentConfig, Field(discriminator="type")]
+
+
 class RolloutConfig(Config):
     """The rollout role: which engine, how many workers, how many completions a prompt."""
 
@@ -34,6 +63,8 @@ class RolloutConfig(Config):
     group_size: int = Field(default=8, ge=2)
     """Completions per prompt; an advantage compares them with each other."""
     sampling: SamplingConfig = SamplingConfig()
+    environment: EnvironmentConfig | None = None
+    """Episodes of several turns; without it a completion is one message."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     slots: int = Field(default=64, ge=8)
     """Rows a worker decodes at once (at least 8, so that a row's arithmetic does not depend on its company)."""

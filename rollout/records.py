@@ -96,13 +96,29 @@ class Sample:
     """None while more is to be drawn."""
     spans: tuple[Span, ...] = ()
     """Which weights drew which tokens, in their order: several where it was carried from step to step."""
+    written: np.ndarray | None = None
+    """Which tokens `[T]` the policy drew, where an environment put observations between them; none for all."""
+    turns: int = 1
+    """Messages of the policy."""
+    environment: float | None = None
+    """What an environment gave for its turns."""
+    trouble: str = ""
+    """What was wrong with the environment, which ended the episode."""
     text: str = ""
+    """The policy's last message."""
+    transcript: str = ""
+    """All of an episode, where there is an environment."""
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     reference: np.ndarray | None = None
     """Log-probs `[T]` under the reference, where there is one."""
     values: np.ndarray | None = None
     """What the critic expects still to come at each token, `[T]`, where there is a critic."""
+
+    @property
+    def drawn(self) -> int:
+        """How many tokens the policy drew."""
+        return len(self.tokens) if self.written is None else int(self.written.sum())
 
 
 class Origin(NamedTuple):

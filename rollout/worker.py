@@ -20,6 +20,9 @@ from .config import RolloutConfig
 from .engine import Engine
 from .engine_thread import EngineThread, collect
 from .engines import ENGINES
+from .environments.dialogue import with_response_template
+from .environments.episodes import Episodes, Stage
+from .environments.process import EnvironmentPool
 from .records import Completion, GenerationRequest, Group, Sample, Sampling, SeedKey, Span
 
 
@@ -53,6 +56,12 @@ class RolloutWorker:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(spec.base)
+        self._environment: Stage | None = None
+        if spec.config.environment:
+            tokenizer = with_response_template(self._tokenizer)
+            self._environment = Stage(
+                spec.config, EnvironmentPool(spec.config.environment), tokenizer, spec.stop_token_ids
+            )
         self._engine = EngineThread(self._build)
         self._hashing = ThreadPoolExecutor(1, "digest")
         self._weights: tuple[int, str] | None = None
@@ -126,6 +135,19 @@ class RolloutWorker:
         is a number that no other call has.
         """
         start = time.time()
+        episodes = Episodes(group, self._environment) if self._environment else None
+        while True:
+            samples = self._draw(group, call)
+            if samples is None:
+                return None
+            if episodes:
+                samples = episodes.answer(samples)
+            group = replace(group, samples=samples)
+            if not episodes or group.finished:
+                return replace(group, worker=self.name, start=start, seconds=time.time() - start)
+
+    def _draw(self, group: Group, call: int) -> tuple[Sample, ...] | None:
+        """The group's completions as far as the engine goes on with them; none when the call was aborted."""
         with self._lock:
             self._require(group)
             if call in self._aborted:
@@ -134,13 +156,12 @@ class RolloutWorker:
             completions = collect(self._engine, requests)
             self._running[call] = [request.request_id for request in requests], completions
         try:
-            samples = self._continued(group, completions.result())
+            return self._continued(group, completions.result())
         except CancelledError:
             return None
         finally:
             with self._lock:
                 self._running.pop(call, None)
-        return replace(group, samples=samples, worker=self.name, start=start, seconds=time.time() - start)
 
     def abort(self, call: int) -> None:
         """End a call for which nobody waits any more; one that has not begun will not."""
@@ -208,13 +229,20 @@ class RolloutWorker:
 
     def _sample(self, before: Sample, completion: Completion, group: Group) -> Sample:
         tokens = np.concatenate([before.tokens, completion.tokens])
+        fresh = tokens if before.written is None else completion.tokens
+        written = None
+        if before.written is not None:
+            written = np.concatenate([before.written, np.ones(len(completion.tokens), bool)])
         cut = completion.finish_reason == "length" and len(tokens) < self._spec.config.sampling.max_tokens
         return Sample(
             tokens=tokens,
             logprobs=np.concatenate([before.logprobs, completion.logprobs]),
             finish_reason=None if cut else completion.finish_reason,
             spans=(*before.spans, Span(len(completion.tokens), group.version, group.digest)),
-            text=self._tokenizer.decode(self._without_stop(tokens.tolist()), skip_special_tokens=True),
+            text=self._tokenizer.decode(self._without_stop(fresh.tolist()), skip_special_tokens=True),
+            written=written,
+            turns=before.turns,
+            environment=before.environment,
         )
 
     def _without_stop(self, tokens: list[int]) -> list[int]:

@@ -159,6 +159,8 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):
             section["rollout"]["python"] = _executable(python, root)
+        if environment := section.get("rollout", {}).get("environment"):
+            _environment_paths(environment, root)
         if (section.get("critic") or {}).get("path"):
             section["critic"]["path"] = _absolute(section["critic"]["path"], root)
         for reward in section.get("rewards", ()):
@@ -182,6 +184,13 @@ def _model_path(path: str, root: Path) -> str:
     """A folder, or a hub id (`org/name`) where no such folder is and the text does not look like a path."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or (root / path).exists()
     return _absolute(path, root) if looks_local else path
+
+
+def _environment_paths(environment: dict[str, Any], root: Path) -> None:
+    if "path" in environment:
+        environment["path"] = _code_path(environment["path"], root)
+    if "functions" in environment:
+        environment["functions"] = [_code_path(path, root) for path in environment["functions"]]
 
 
 def _code_path(path: str, root: Path) -> str:

@@ -60,6 +60,10 @@ def build_reward(config: TextReward, root: Path) -> LocalReward:
     return LocalReward(reward_name(config), config.weight, _function(config, root))
 
 
+ENVIRONMENT = "environment"
+"""The name of what an environment gives, among the parts of a reward."""
+
+
 def reward_name(config: RewardConfig) -> str:
     """The name in metrics: the entry's own, else its function's or its stage's, else its type."""
     if config.name:
@@ -97,15 +101,24 @@ def load_function(path: str, root: Path) -> ScoreFunction:
 
     Raises `InputError` with the cause, and the nearest name where the function is missing.
     """
-    place, colon, name = path.rpartition(":")
-    if not (place and colon and name):
-        raise InputError(f"reward path {path!r} names no function: write file.py:function or package.module:function")
-    module = _import_file(root / place, path) if place.endswith(".py") else _import_module(place, path)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"reward path {path!r}: {place} has no function {name!r}{_nearest(module, name)}")
+    function = load_named(path, root, "reward")
     _check_signature(function, path)
     return function
+
+
+def load_named(path: str, root: Path, what: str) -> Callable[..., Any]:
+    """What a recipe names by `file.py:name` or `package.module:name` and calls; `what` it is to be, for messages.
+
+    Raises `InputError` as `load_function` does.
+    """
+    place, colon, name = path.rpartition(":")
+    if not (place and colon and name):
+        raise InputError(f"{what} path {path!r} names no function: write file.py:function or package.module:function")
+    module = _import_file(root / place, path, what) if place.endswith(".py") else _import_module(place, path, what)
+    named = getattr(module, name, None)
+    if not callable(named):
+        raise InputError(f"{what} path {path!r}: {place} has no function {name!r}{_nearest(module, name)}")
+    return named
 
 
 def one_line(error: BaseException) -> str:
@@ -131,14 +144,14 @@ def _format_function(text: str) -> ScoreFunction:
     return lambda completion, row: 1.0 if pattern.fullmatch(completion) else 0.0
 
 
-def _import_file(file: Path, path: str) -> ModuleType:
+def _import_file(file: Path, path: str, what: str) -> ModuleType:
     if not file.is_file():
-        raise InputError(f"reward path {path!r}: there is no file {file}")
+        raise InputError(f"{what} path {path!r}: there is no file {file}")
     # What lies beside the file can be imported by it; last, so that it shadows nothing.
     folder = str(file.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)
-    name = f"reward_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    name = f"{what}_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -148,15 +161,15 @@ def _import_file(file: Path, path: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise InputError(f"reward path {path!r} does not import: {one_line(error)}{_where(error)}") from error
+        raise InputError(f"{what} path {path!r} does not import: {one_line(error)}{_where(error)}") from error
     return module
 
 
-def _import_module(place: str, path: str) -> ModuleType:
+def _import_module(place: str, path: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except (Exception, SystemExit) as error:
-        raise InputError(f"reward path {path!r} does not import: {one_line(error)}{_where(error)}") from error
+        raise InputError(f"{what} path {path!r} does not import: {one_line(error)}{_where(error)}") from error
 
 
 def _nearest(module: ModuleType, name: str) -> str:

@@ -26,7 +26,8 @@ from .functions import RewardError, RewardOverrun, Row, build_reward, reward_nam
 
 START_SECONDS = 120.0
 """How long a reward's imports may take."""
-_GRACE_SECONDS = 5.0
+GRACE_SECONDS = 5.0
+"""How much longer than its time-out a child may live in one call, before the kernel ends it."""
 _AHEAD = 1 << 15
 """Bytes of questions that a child may have before it has answered the first."""
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve(int(sys.argv[2]))"
@@ -49,7 +50,7 @@ class BoundedReward:
         self.overruns = 0
         self._root = root
         self._lock = threading.Lock()
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._ready = False
 
     def __enter__(self) -> "BoundedReward":
@@ -103,12 +104,12 @@ class BoundedReward:
         """The child's process id, or none before the first call and after `close`."""
         return self._child.process.pid if self._child else None
 
-    def _launch(self) -> "_Child":
+    def _launch(self) -> "Child":
         if self._child is None:
-            self._child, self._ready = _Child((self.config, self._root)), False
+            self._child, self._ready = Child((self.config, self._root)), False
         return self._child
 
-    def _loaded(self) -> "_Child":
+    def _loaded(self) -> "Child":
         child = self._launch()
         if not self._ready:
             answer = self._first_answer(child)
@@ -118,7 +119,7 @@ class BoundedReward:
             self._ready = True
         return child
 
-    def _first_answer(self, child: "_Child") -> dict[str, Any]:
+    def _first_answer(self, child: "Child") -> dict[str, Any]:
         try:
             return child.answer(START_SECONDS)
         except RewardOverrun as error:
@@ -131,14 +132,14 @@ class BoundedReward:
         self._child = None
 
 
-class _Child:
-    """One child process and the socket to it."""
+class Child:
+    """One child process, whose life is `serve` of a module, and the socket to it; `first` is what it is sent first."""
 
-    def __init__(self, first: object) -> None:
+    def __init__(self, first: object, module: str = __name__) -> None:
         from multiprocessing import Pipe
 
         self.connection, theirs = Pipe()
-        boot = _BOOT.format(module=__name__)
+        boot = _BOOT.format(module=module)
         self.process = subprocess.Popen(
             [sys.executable, "-c", boot, json.dumps(sys.path), str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
@@ -165,6 +166,7 @@ class _Child:
             ahead -= len(question)
 
     def answer(self, timeout: float) -> dict[str, Any]:
+        """The next answer. Raises `RewardOverrun` where there is none in time."""
         try:
             if not self.connection.poll(timeout):
                 raise RewardOverrun(f"took longer than {timeout:g} s")
@@ -173,6 +175,7 @@ class _Child:
             raise self._died() from None
 
     def end(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -210,12 +213,12 @@ def _serve(connection: Connection) -> None:
     connection.send_bytes(json.dumps({"ready": True}).encode())
     while True:
         completion, row = pickle.loads(connection.recv_bytes())
-        _die_after(config.timeout_seconds + _GRACE_SECONDS)
+        die_after(config.timeout_seconds + GRACE_SECONDS)
         try:
             answer: dict[str, Any] = {"score": reward.score(completion, row)}
         except RewardError as error:
             answer = {"error": str(error)}
-        _die_after(0)
+        die_after(0)
         connection.send_bytes(json.dumps(answer).encode())
 
 
@@ -225,7 +228,7 @@ def _warm(config: TextReward) -> None:
         build_reward(config, Path()).score("\\boxed{\\frac{1}{2}}", {config.answer: f"{config.answer_after or ''}0.5"})
 
 
-def _die_after(seconds: float) -> None:
+def die_after(seconds: float) -> None:
     """Have the kernel end this process then (0: never); no Python code has to run for it."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -14,7 +14,7 @@ from ...cluster.errors import RunFailed
 from ...cluster.imports import importing
 from ..config import ModelReward, RewardConfig
 from ..records import Group, Sample
-from .functions import RewardError, check_names, reward_name, total
+from .functions import ENVIRONMENT, RewardError, check_names, reward_name, total
 from .process import BoundedReward
 
 OnError = Literal["fail", "drop", "zero"]
@@ -51,7 +51,7 @@ class Scorer:
     ) -> None:
         check_names(rewards)
         self._on_error = on_error
-        self._weights = {reward_name(config): config.weight for config in rewards}
+        self._weights = {reward_name(config): config.weight for config in rewards} | {ENVIRONMENT: 1.0}
         self._rewards: dict[str, GroupReward] = {}
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
@@ -92,9 +92,12 @@ class Scorer:
             reward.close()
 
     def _scored(self, group: Group) -> Iterator[Sample]:
-        columns = {name: self._rewards[name].outcomes(group) for name in self._weights}
+        columns = {name: reward.outcomes(group) for name, reward in self._rewards.items()}
         for index, sample in enumerate(group.samples):
             parts = {name: self._part(name, next(column), group, index) for name, column in columns.items()}
+            if sample.environment is not None:
+                given = RewardError(sample.trouble) if sample.trouble else sample.environment
+                parts[ENVIRONMENT] = self._part(ENVIRONMENT, given, group, index)
             yield dataclasses.replace(sample, reward=total(parts, self._weights), reward_parts=parts)
 
     def _part(self, name: str, outcome: float | RewardError, group: Group, index: int) -> float:

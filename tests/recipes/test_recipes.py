@@ -11,6 +11,7 @@ from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import load_adapter
 from raylign.rollout.config import MathReward
 from raylign.rollout.records import Group, Sample
+from raylign.rollout.rewards.functions import load_named
 from raylign.rollout.rewards.scorer import Scorer
 from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.opening import open_run
@@ -78,6 +79,42 @@ def test_gsm8k_grpo_trains_on_real_questions(
     tensors, config = load_adapter(done / "adapters" / summary["weights"]["digest"])
     assert config["r"] == 16
     assert any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_the_calculator_is_called_in_episodes_on_real_questions(
+    shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
+) -> None:
+    """A random model calls nothing, so its episodes have one turn; the calls are tested in tests/rollout."""
+    done, summary = run(
+        "calculator.yaml",
+        tmp_path,
+        f"model.path={tiny_model}",
+        f"stages.0.data.path={shared_data / 'gsm8k/train.jsonl'}",
+        "stages.0.data.limit=8",
+        "stages.0.steps=1",
+        "stages.0.batch_size=16",
+        "stages.0.rollout.sampling.max_tokens=16",
+        "serve=null",
+    )
+    assert summary["status"] == "succeeded"
+    (metrics,) = done.all_metrics()
+    assert metrics["turns/mean"] == 1
+    rows = pq.read_table(done / "samples/grpo/step-000000.parquet").to_pylist()
+    assert all(row["transcript"].startswith(row["completion"][:1]) for row in rows)
+    assert {row["reward/environment"] for row in rows} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"), [("12 * (3 + 4)", "84"), ("-1/4", "-0.25"), ("0.1 + 0.2", "0.3"), ("1e3*2", "2000")]
+)
+def test_the_calculator_calculates(expression: str, value: str) -> None:
+    assert load_named(f"{RECIPES}/calculator/tools.py:calculate", Path("/"), "tool")(expression) == value
+
+
+@pytest.mark.parametrize("expression", ["2**9", "__import__('os')", "x", "1+" * 200 + "1", "(1).real"])
+def test_the_calculator_takes_nothing_else(expression: str) -> None:
+    with pytest.raises(ValueError, match=r"only numbers|more than 200"):
+        load_named(f"{RECIPES}/calculator/tools.py:calculate", Path("/"), "tool")(expression)
 
 
 def test_the_gsm8k_reward_reads_the_real_answers(shared_data: Path) -> None:

@@ -4,12 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from ...cluster.errors import InputError
 from ...rollout.chat import encode_prompt
 from ...rollout.config import MathReward, ModelReward, RewardConfig
+from ...rollout.environments.dialogue import observation_ids
+from ...rollout.environments.process import EnvironmentPool
 from ...rollout.interpreter import check_interpreter
 from ...rollout.rewards.functions import check_names
 from ...rollout.rewards.model_folder import check_reward_model, check_same_body
@@ -21,7 +24,7 @@ from ..recipe import resolve_prepared
 from ..stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
 from .proof import Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage, load_rows
-from .template import Tokenizer, load_tokenizer
+from .template import Tokenizer, load_tokenizer, stop_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +59,19 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     for stage in config.stages:
         say(f"{stage_name(stage)}: reading {stage.data.path}")
         rows = _rows(stage.data, run, stage)
-        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer), _held_out(stage, rows, tokenizer, run)))
-    held_out = []
+        tools = _tools(stage, tokenizer)
+        held_out = _held_out(stage, rows, tokenizer, run, tools)
+        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer, tools), held_out))
+    asked = []
     if config.evaluation:
         say(f"evaluation: reading {config.evaluation.data.path}")
-        held_out = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
-        _check_answers(config.evaluation.rewards, held_out, config.evaluation.data.path)
+        asked = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
+        _check_answers(config.evaluation.rewards, asked, config.evaluation.data.path)
         if config.serve:
-            _check_room(config.evaluation, config.serve, held_out, tokenizer)
+            _check_room(config.evaluation, config.serve, asked, tokenizer)
         for stage, given in zip(config.stages, stages, strict=True):
-            refuse_overlap(held_out, given.rows, stage_name(stage))
-    return Inputs(model, tokenizer, stages, held_out)
+            refuse_overlap(asked, given.rows, stage_name(stage))
+    return Inputs(model, tokenizer, stages, asked)
 
 
 def _check_room(evaluation: EvaluationConfig, serve: ServeConfig, rows: list[Row], tokenizer: Tokenizer) -> None:
@@ -143,13 +148,28 @@ def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
     return rows
 
 
-def _held_out(stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path) -> StageInput | None:
+def _tools(stage: StageConfig, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """What the policy of a stage may call: the environment loads as it will in its workers, and its observations can
+    follow the policy's messages by the chat template."""
+    if not isinstance(stage, OnlineStage) or stage.rollout.environment is None:
+        return []
+    with EnvironmentPool(stage.rollout.environment) as environment:
+        tools = list(environment.tools)
+    role = "tool" if tools else "user"
+    said, answer = {"role": "assistant", "content": "x"}, {"role": role, "content": "x"}
+    observation_ids(tokenizer, said, [answer], sorted(stop_tokens(tokenizer)), tools)
+    return tools
+
+
+def _held_out(
+    stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path, tools: list[dict[str, Any]]
+) -> StageInput | None:
     """What a stage is measured on, encoded as it trains; none of the prompts is trained on."""
     if not isinstance(stage, RewardModelStage | OnlineStage) or stage.held_out is None:
         return None
     asked = _rows(stage.held_out, run, stage)
     refuse_overlap(asked, rows, stage_name(stage))
-    proof = prove_stage(stage.model_copy(update={"data": stage.held_out}), asked, tokenizer)
+    proof = prove_stage(stage.model_copy(update={"data": stage.held_out}), asked, tokenizer, tools)
     proof.require()
     return StageInput(asked, proof)
 

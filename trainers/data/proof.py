@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...cluster.errors import InputError
 from ..config import stage_name
@@ -74,15 +74,17 @@ class Proof:
         }
 
 
-def prove_stage(stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer) -> Proof:
+def prove_stage(
+    stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] = ()
+) -> Proof:
     """Encode every row as the stage will train on it (online: the prompts, of which no token is
-    supervised, or with demonstrations their answers)."""
+    supervised, or with demonstrations their answers). `tools` are those that prompts show, as JSON schemas."""
     stops = stop_tokens(tokenizer)
     encoded: list[EncodedRow] = []
     refusals: list[Refusal] = []
     for number, row in enumerate(rows, 1):
         try:
-            encoded.append(_encode(stage, row, tokenizer, stops))
+            encoded.append(_encode(stage, row, tokenizer, stops, tools))
         except InputError as error:
             refusals.append(Refusal(number, str(error)))
     lengths = [_lengths(e) for e in encoded]
@@ -99,7 +101,9 @@ def prove_stage(stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer) -
     )
 
 
-def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset[int]) -> Encoded | EncodedPair:
+def _encode(
+    stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset[int], tools: Sequence[dict[str, Any]]
+) -> Encoded | EncodedPair:
     match stage:
         case CptStage():
             return encode_text(tokenizer, row["text"], stage.max_length, truncate=stage.truncate)
@@ -112,7 +116,7 @@ def _encode(stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset
         case OnlineStage() if stage.demonstrations:
             return _encode_demonstration(stage, row, tokenizer, stops)
         case OnlineStage():
-            ids = encode_prompt(tokenizer, row["prompt"])
+            ids = encode_prompt(tokenizer, row["prompt"], tools)
             _check_prompt(stage, len(ids))
             return Encoded(ids, [IGNORED] * len(ids), ())
 

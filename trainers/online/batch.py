@@ -29,6 +29,8 @@ class TrainSample:
     values: np.ndarray | None = None
     """The critic's, before the step's first update; and what it is to learn."""
     returns: np.ndarray | None = None
+    written: np.ndarray | None = None
+    """Which tokens the policy drew, where there are observations between them: these alone are learned."""
     rejected: "TrainSample | None" = None
     """In a pair: the completion of the same prompt that this one is preferred to."""
 
@@ -36,6 +38,16 @@ class TrainSample:
     def length(self) -> int:
         """P + T."""
         return len(self.prompt) + len(self.tokens)
+
+    @property
+    def learned(self) -> np.ndarray:
+        """Which tokens `[T]` count."""
+        return np.ones(len(self.tokens), bool) if self.written is None else self.written
+
+    @property
+    def count(self) -> int:
+        """How many tokens count."""
+        return len(self.tokens) if self.written is None else int(self.written.sum())
 
     @property
     def rows(self) -> tuple["TrainSample", ...]:

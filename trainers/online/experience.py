@@ -81,6 +81,7 @@ def _train_sample(group: Group, i: int, advantages_T: np.ndarray) -> TrainSample
         advantages=advantages_T.astype(np.float32),
         reference=sample.reference,
         values=sample.values,
+        written=sample.written,
     )
 
 
@@ -151,7 +152,7 @@ def rewards_of(groups: Sequence[Group], stage: OnlineStage, kl_coefficient: floa
     kl_NGT, mask_NGT, values_NGT = np.zeros((3, len(groups), size, longest))
     for n, group in enumerate(groups):
         for i, sample in enumerate(group.samples):
-            mask_NGT[n, i, : len(sample.tokens)] = 1
+            mask_NGT[n, i, : len(sample.tokens)] = 1 if sample.written is None else sample.written
             if stage.kl and stage.kl.place == "reward":
                 kl_NGT[n, i, : len(sample.tokens)] = _kl(sample, stage.kl.estimator)
             if stage.critic:

@@ -12,7 +12,7 @@ from ...cluster.weights import WeightVersion
 from ...rollout.ledger import GroupState, Ledger
 from ...rollout.pool import RolloutPool
 from ...rollout.records import Draw, Group, Origin
-from ...rollout.rewards.functions import reward_name
+from ...rollout.rewards.functions import ENVIRONMENT, reward_name
 from ..stages import OnlineStage
 from .ahead import Prompt
 from .roles import Roles
@@ -65,7 +65,8 @@ class Asked:
     def metrics(self) -> dict[str, float]:
         """What the answers are worth, each name with `held_out/` before it."""
         assert self._stage.held_out is not None
-        right = self._stage.held_out.right or reward_name(self._stage.rewards[0])
+        names = [reward_name(reward) for reward in self._stage.rewards] or [ENVIRONMENT]
+        right = self._stage.held_out.right or names[0]
         return {f"held_out/{name}": value for name, value in answer_metrics(self.groups, right).items()}
 
 
@@ -85,7 +86,7 @@ def answer_metrics(groups: Sequence[Group], right: str) -> dict[str, float]:
     drawn = len(groups[0].samples)
     for k in sorted({drawn, *(2**i for i in range(1, drawn.bit_length()))} - {1}):
         worth[f"pass@{k}"] = math.fsum(pass_at(k, drawn, c) for c in correct) / len(groups)
-    worth["length"] = sum(len(s.tokens) for s in samples) / len(samples)
+    worth["length"] = sum(s.drawn for s in samples) / len(samples)
     return worth | {"errors": float(sum(group.error is not None for group in groups))}
 
 

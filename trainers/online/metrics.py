@@ -14,7 +14,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards by part, lengths (tokens) and truncation over all samples."""
     samples = [s for g in groups for s in g.samples]
     rewards = np.array([s.reward for s in samples], np.float64)
-    lengths = np.array([len(s.tokens) for s in samples])
+    lengths = np.array([s.drawn for s in samples])
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -25,6 +25,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "tokens": float(lengths.sum()),
         "repetition": float(np.mean([repetition(s.tokens) for s in samples])),
     }
+    if any(s.environment is not None for s in samples):
+        metrics["turns/mean"] = float(np.mean([s.turns for s in samples]))
     for part in samples[0].reward_parts:
         metrics[f"reward/{part}"] = float(np.mean([s.reward_parts[part] for s in samples]))
     return metrics
@@ -40,9 +42,10 @@ def repetition(tokens: np.ndarray, size: int = 4) -> float:
 
 def advantage_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
     """Mean, deviation and largest size of the advantages over all tokens of a step; empty where there are none."""
-    advantages = np.concatenate([s.advantages for s in samples], dtype=np.float64) if samples else np.zeros(0)
-    if not len(advantages):
+    known = [s.advantages[s.learned] for s in samples if len(s.advantages)]
+    if not known:
         return {}
+    advantages = np.concatenate(known, dtype=np.float64)
     return {
         "advantage/mean": float(advantages.mean()),
         "advantage/std": float(advantages.std()),
@@ -74,7 +77,7 @@ def kl_metrics(groups: Sequence[Group], coefficient: float) -> dict[str, float]:
     per_completion = completion_kl(groups)
     if per_completion is None:
         return {}
-    lengths = [len(s.tokens) for g in groups for s in g.samples]
+    lengths = [s.drawn for g in groups for s in g.samples]
     per_token = per_completion * len(lengths) / sum(lengths)
     return {"kl/coefficient": coefficient, "kl/completion": per_completion, "kl": per_token}
 

@@ -111,7 +111,7 @@ class Policy:
             loss_of = partial(policy_loss, settings=LossSettings.of(stage, kl_coefficient))
         constant = stage.batch_size // stage.minibatches * longest
         moving = trained(samples, stage)
-        whole, computed = (sum(len(row.tokens) for s in some for row in s.rows) for some in (samples, moving))
+        whole, computed = (sum(row.count for s in some for row in s.rows) for some in (samples, moving))
         totals = Totals(whole, len(samples), constant, computed)
         parts = []
         for bundles, counts in self._ranks.batches(moving, self._packing):

@@ -62,8 +62,9 @@ class Row:
         return len(self.samples) > 1
 
     def predictors(self) -> list[np.ndarray]:
-        """The places `[T]` from which each sample's completion tokens are predicted."""
-        return [path[len(s.prompt) - 1 :][: len(s.tokens)] for s, path in zip(self.samples, self.paths, strict=True)]
+        """The places from which each sample's completion tokens are predicted, those that count."""
+        own = zip(self.samples, self.paths, strict=True)
+        return [path[len(s.prompt) - 1 :][: len(s.tokens)][s.learned] for s, path in own]
 
     def sees(self, length: int) -> np.ndarray:
         """Which token sees which, `[length, length]`; what pads the row sees itself."""

@@ -87,7 +87,7 @@ def align(bundles: Sequence[Bundle], device: torch.device | str, *, counts: bool
         sees_R1LL=on_device(np.stack([row.sees(length) for row in rows])[:, None]) if shared else None,
         predictors_N=on_device(np.concatenate([np.zeros(0, np.int64), *places])),
         targets_BT=on_device(pad([s.tokens for s in samples], longest).astype(np.int64)),
-        mask_BT=on_device(pad([np.full(len(s.tokens), counts, np.float32) for s in samples], longest)),
+        mask_BT=on_device(pad([(s.learned & counts).astype(np.float32) for s in samples], longest)),
         behaviour_BT=on_device(pad([s.behaviour for s in samples], longest)),
         reference_BT=where_all_have([s.reference for s in samples], "the reference's log-probs"),
         old_BT=where_all_have([s.old for s in samples], "the policy's log-probs before the step"),

@@ -41,7 +41,8 @@ class OnlineStage(StageBase):
     """Completions per step: prompts times `rollout.group_size`."""
     learning_rate: float = Field(default=1e-5, gt=0)
     rollout: RolloutConfig = RolloutConfig()
-    rewards: list[RewardConfig] = Field(min_length=1)
+    rewards: list[RewardConfig] = Field(default_factory=list)
+    """Their weighted sum is what is learned; with a `rollout.environment`, on top of what that gives."""
     scoring: ScoringConfig = ScoringConfig()
     advantage: AdvantageName = "group_mean"
     """Reward − its group's mean, reward − the mean of the others of its group (RLOO), the returns of each token as they

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ...rollout.rewards.functions import reward_name
+from ...rollout.rewards.functions import ENVIRONMENT, reward_name
 from .wishes import refuse_wishes
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def refuse_nonsense(stage: "OnlineStage") -> None:
         _broadcast,
         _sampling,
         _held_out,
+        _environment,
     ):
         refuse(stage)
 
@@ -189,3 +190,24 @@ def _held_out(stage: "OnlineStage") -> None:
     metric = stage.keep_best.metric if stage.keep_best else ""
     if metric.startswith("held_out/") and not held_out:
         raise ValueError(f"keep_best.metric {metric!r}: nothing is held out; add held_out, or take reward/mean")
+
+
+def _environment(stage: "OnlineStage") -> None:
+    names = [reward_name(reward) for reward in stage.rewards]
+    if stage.rollout.environment is None:
+        if not names:
+            raise ValueError(
+                "rewards: there are none, so there is nothing to learn; name one, or a rollout.environment"
+            )
+        return
+    if ENVIRONMENT in names:
+        raise ValueError(f"a reward is called {ENVIRONMENT!r}, as what rollout.environment gives: name it otherwise")
+    for field, why in (
+        ("partial_tokens", "an episode is cut at no token"),
+        ("critic", "the values of turns are not defined"),
+        ("demonstrations", "the data's answers have one turn"),
+    ):
+        if getattr(stage, field):
+            raise ValueError(f"{field} with a rollout.environment: {why}; leave one of them out")
+    if stage.advantage == "returns":
+        raise ValueError("advantage returns with a rollout.environment: an episode has one reward; take group_mean")

@@ -17,6 +17,7 @@ from raylign.rollout.places import Places
 from raylign.rollout.pool import RolloutPool
 from raylign.rollout.worker import WorkerSpec
 from raylign.trainers.data.inputs import read_inputs
+from raylign.trainers.data.template import stop_tokens
 from raylign.trainers.online.actors import Actors
 from raylign.trainers.online.held_out import HeldOut
 from raylign.trainers.online.loop import OnlineLoop
@@ -109,8 +110,8 @@ def train_here(tiny_grpo: Callable[..., Path], pool: Callable[[WorkerSpec], Roll
             dtype="float32",
             config=stage.rollout,
             seed=config.seed,
-            max_length=52,
-            stop_token_ids=(2,),
+            max_length=stage.rollout.max_prompt_tokens + stage.rollout.sampling.max_tokens,
+            stop_token_ids=tuple(sorted(stop_tokens(inputs.tokenizer))),
         )
         shared = pool(worker)
         shared.scale(workers)
