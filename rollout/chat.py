@@ -17,11 +17,13 @@ class ChatTokenizer(Protocol):
     eos_token_id: int | None
     chat_template: str | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
 
-def encode_prompt(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The tokens to generate after; control tokens written in a message are read as plain text.
+def encode_prompt(
+    tokenizer: ChatTokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """The tokens to generate after; control tokens written in a message or a tool are read as plain text.
 
     Raises `InputError` where there is no chat template, or it refuses the messages.
     """
@@ -31,9 +33,13 @@ def encode_prompt(tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]]) 
         raise InputError("the model has no chat template")
     try:
         ids = tokenizer.apply_chat_template(
-            [dict(m) for m in messages], add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+            [dict(m) for m in messages],
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            sanitize_control_tokens=True,
+            return_dict=False,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, LookupError) as error:
         raise InputError(f"the chat template refuses these messages: {error}") from None
     return list(ids)
 

@@ -122,7 +122,7 @@ def test_a_model_registered_later_is_served_at_once(client: openai.OpenAI, shelf
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match=r"no model 'nobody'.*first") as caught:
+    with pytest.raises(openai.NotFoundError, match="no model 'nobody'") as caught:
         _say(client, "nobody")
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
@@ -132,9 +132,6 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs"),
         ({"extra_body": {"best": 1}}, "best"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 3}, "temperature"),
