@@ -128,7 +128,7 @@ class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `prompt` is a text, tokens, or a list of either."""
 
     prompt: (
-        str
+        Annotated[str, Field(min_length=1)]
         | Annotated[list[str], Field(max_length=MAX_CHOICES)]
         | list[Token]
         | Annotated[list[list[Token]], Field(max_length=MAX_CHOICES)]

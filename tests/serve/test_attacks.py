@@ -292,7 +292,7 @@ def test_a_key_that_has_used_its_tokens_waits(locked: Locked) -> None:
 def test_all_of_it_without_asserts() -> None:
     if not __debug__:
         pytest.skip("this is that run")
-    command = [sys.executable, "-O", "-m", "pytest", __file__, "-x", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-O", "-m", "pytest", __file__, "-x", "-v", "-p", "no:cacheprovider"]
     root = Path(__file__).parents[2]
     variables = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, timeout=120)
