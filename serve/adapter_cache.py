@@ -9,7 +9,6 @@ from typing import Any
 
 from ..cluster.weights import Tensors
 from ..rollout.engine_thread import EngineThread
-from .api_errors import too_many
 
 Read = Callable[[], tuple[Tensors, dict[str, Any]]]
 """Gives an adapter's tensors and config; called away from the event loop and the engine's thread."""
@@ -24,6 +23,8 @@ class AdapterCache:
         self._users: Counter[str] = Counter()
         self._loads: OrderedDict[str, asyncio.Task[None]] = OrderedDict()
         """By digest, the longest unused first; an adapter whose task is done is in the engine."""
+        self._freed = asyncio.Event()
+        """Set, and replaced, whenever an adapter may have become idle."""
 
     def held(self) -> tuple[str, ...]:
         """Digests of the adapters that are loaded or being loaded."""
@@ -33,8 +34,8 @@ class AdapterCache:
     async def use(self, digest: str, read: Read) -> AsyncIterator[None]:
         """Have an adapter in the engine for as long as the block lasts; requests for it share one load.
 
-        Raises `InputError` for an adapter that the engine cannot hold, whatever `read` raises, and a 429 where all
-        places are taken by adapters in use.
+        Waits while all places are taken by adapters in use. Raises `InputError` for an adapter that the engine cannot
+        hold, and whatever `read` raises.
         """
         self._users[digest] += 1  # before the first wait: what is in use is not evicted
         try:
@@ -44,10 +45,15 @@ class AdapterCache:
             self._users[digest] -= 1
             if digest in self._loads:
                 self._loads.move_to_end(digest)
+            self._wake()
 
     async def _load(self, digest: str, read: Read) -> None:
-        if digest not in self._loads:
-            self._loads[digest] = asyncio.ensure_future(self._fetch(self._make_room(), digest, read))
+        while digest not in self._loads:
+            if (victims := self._victims()) is None:
+                await self._freed.wait()
+                continue
+            self._loads[digest] = asyncio.ensure_future(self._fetch(self._drop(victims), digest, read))
+            self._loads[digest].add_done_callback(lambda _: self._wake())
         task = self._loads[digest]
         try:
             await asyncio.shield(task)
@@ -57,17 +63,17 @@ class AdapterCache:
                 del self._loads[digest]
             raise
 
-    def _make_room(self) -> Future[None]:
-        """Have the longest unused adapters leave the engine. Raises a 429 where too many are in use."""
-        over = len(self._loads) + 1 - self._most
+    def _wake(self) -> None:
+        self._freed.set()
+        self._freed = asyncio.Event()
+
+    def _victims(self) -> list[str] | None:
+        """Who has to leave for one more, the longest unused first; none where too many are in use."""
+        over = max(len(self._loads) + 1 - self._most, 0)
         idle = [digest for digest, load in self._loads.items() if not self._users[digest] and load.done()]
-        if over > len(idle):
-            raise too_many(
-                f"all {self._most} places for adapters are in use: try again later",
-                retry_after=1.0,
-                code="overloaded",
-            )
-        victims = idle[: max(over, 0)]
+        return idle[:over] if over <= len(idle) else None
+
+    def _drop(self, victims: list[str]) -> Future[None]:
         for digest in victims:
             del self._loads[digest], self._users[digest]
 

@@ -53,6 +53,12 @@ def unauthorized(message: str) -> ApiError:
     )
 
 
+def adapter_failed(digest: str) -> ApiError:
+    """A registered adapter cannot be loaded; the log has the reason, which may name folders: 503."""
+    message = f"adapter {digest[:12]} cannot be loaded: the log of the service says why"
+    return ApiError(503, message, type="server_error", code="adapter_failed")
+
+
 def from_engine(error: RaylignError | TimeoutError) -> ApiError:
     """What an engine answers: 400 for a request it refuses, 504 for one that took too long, 503 where it failed."""
     if isinstance(error, InputError):

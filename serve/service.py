@@ -1,11 +1,13 @@
 """The service without HTTP: which model a request means, its prompt in tokens, and what is generated."""
 
+import asyncio
+import logging
 import secrets
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from ..rollout.engine_thread import EngineThread
 from ..rollout.records import GenerationRequest, Sampling, SeedKey
 from .adapter_cache import AdapterCache
 from .admission import Admission, Quotas
-from .api_errors import bad_request, no_model
+from .api_errors import adapter_failed, bad_request, no_model
 from .bridge import Bridge
 from .config import Limits
 from .grammar import check_size, json_grammar
@@ -30,6 +32,8 @@ from .protocol import MAX_CHOICES, ChatRequest, GenerationFields
 from .registry import Entry, Registry
 from .text import IncrementalText
 from .tools import CallReader, calls_grammar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +144,18 @@ class Service:
 
     @asynccontextmanager
     async def _adapter(self, entry: Entry) -> AsyncIterator[None]:
+        """Have the model's adapter in the engine. Raises a 503 where it cannot be: its files have changed, say."""
         if entry.kind != "adapter":
             yield
             return
-        async with self._adapters.use(entry.digest, lambda: self._registry.read_adapter(entry)):
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    use = self._adapters.use(entry.digest, lambda: self._registry.read_adapter(entry))
+                    await stack.enter_async_context(use)
+            except (InputError, OSError) as error:
+                logger.error("adapter %s cannot be loaded: %s", entry.digest, error)
+                raise adapter_failed(entry.digest) from None
             yield
 
     def _requests(self, work: Work) -> list[GenerationRequest]:

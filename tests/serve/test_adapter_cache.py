@@ -8,7 +8,6 @@ import pytest
 from raylign.cluster.errors import InputError
 from raylign.rollout.engine_thread import EngineThread
 from raylign.serve.adapter_cache import AdapterCache
-from raylign.serve.api_errors import ApiError
 
 from .scripted import ScriptedEngine
 
@@ -61,16 +60,20 @@ def test_an_adapter_asked_for_at_once_is_loaded_once(engine: ScriptedEngine, thr
 def test_the_longest_unused_leaves_and_one_in_use_never(engine: ScriptedEngine, thread: EngineThread) -> None:
     shelf = Shelf()
 
+    async def use(cache: AdapterCache, digest: str) -> None:
+        async with cache.use(digest, shelf.read(digest)):
+            pass
+
     async def main() -> None:
         cache = AdapterCache(thread, 2)
         async with cache.use("a", shelf.read("a")):
             async with cache.use("b", shelf.read("b")):
-                with pytest.raises(ApiError) as full:
-                    async with cache.use("c", shelf.read("c")):
-                        pass
-                assert full.value.status == 429
-            async with cache.use("c", shelf.read("c")):
-                assert set(engine.adapters()) == {"a", "c"}, "b was idle, a is in use"
+                third = asyncio.ensure_future(use(cache, "c"))
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(third), 0.05)
+                assert set(engine.adapters()) == {"a", "b"}
+            await third
+            assert set(engine.adapters()) == {"a", "c"}, "b was idle, a is in use"
         async with cache.use("b", shelf.read("b")):
             assert set(engine.adapters()) == {"a", "b"}, "c was left before a"
         assert set(cache.held()) == {"a", "b"}
