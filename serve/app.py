@@ -1,7 +1,6 @@
 """The HTTP side: OpenAI's routes over a `Service`, and every error in OpenAI's shape."""
 
 import json
-import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -24,6 +23,7 @@ from .registry import Entry
 from .sending import ClientGone, EventStream, while_connected
 from .service import Service, Work
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 DIGEST_HEADER = "x-raylign-digest"
 _GRACE_SECONDS = 5.0
 """How much longer than an answer may take its stream may be read."""
@@ -104,7 +104,7 @@ async def _answer(service: Service, work: Work, shape: Shape, http: Request) -> 
     request = work.fields
     head = shape.head(request.model, work.entry.digest, stream=request.stream)
     headers = {DIGEST_HEADER: work.entry.digest}
-    steps = _timed(service, service.generate(work))
+    steps = service.generate(work)
     if not request.stream:
         pieces = join(await while_connected(http, _all(steps)))
         choices = [shape.choice(piece, stream=False) for piece in pieces]
@@ -122,19 +122,6 @@ async def _answer(service: Service, work: Work, shape: Shape, http: Request) -> 
 async def _all(steps: AsyncGenerator[list[Piece], None]) -> list[Piece]:
     async with aclosing(steps):
         return [piece async for step in steps for piece in step]
-
-
-async def _timed(service: Service, steps: AsyncGenerator[list[Piece], None]) -> AsyncGenerator[list[Piece], None]:
-    """The same steps; how long they took, and the tokens of an answer that came to its end, are counted."""
-    began, first = time.monotonic(), True
-    async with aclosing(steps):
-        async for step in steps:
-            if first:
-                service.metrics.first_token.observe(time.monotonic() - began)
-                first = False
-            service.metrics.tokens.labels("completion").inc(sum(piece.sampled for piece in step))
-            yield step
-    service.metrics.answer.observe(time.monotonic() - began)
 
 
 async def _from_first(
@@ -171,7 +158,7 @@ async def _events(
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_JSON.encode(body)}\n\n"
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -12,7 +12,7 @@ from ..rollout.engine import TokenEvent
 from ..rollout.engine_thread import EngineThread
 from ..rollout.records import GenerationRequest
 
-_Item = TokenEvent | RaylignError
+_Item = TokenEvent | RaylignError | TimeoutError
 _Mailbox = asyncio.Queue[_Item]
 
 
@@ -34,17 +34,18 @@ class Bridge:
         """
         mailbox: _Mailbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        deadline = None if seconds is None else loop.time() + seconds
+        alarm = loop.call_later(seconds, mailbox.put_nowait, TimeoutError()) if seconds is not None else None
         rows = sum(request.n for request in requests)
         for request in requests:
             self._engine.submit(request, lambda item: self._post(loop, mailbox, item))
         try:
             while rows:
-                async with asyncio.timeout_at(deadline):
-                    events = await _take(mailbox)
+                events = await _take(mailbox)
                 rows -= sum(event.finish_reason is not None for event in events)
                 yield events
         finally:
+            if alarm:
+                alarm.cancel()
             for request in requests if rows else ():
                 self._engine.abort(request.request_id)
 
@@ -71,7 +72,8 @@ async def _take(mailbox: _Mailbox) -> list[TokenEvent]:
     items = [await mailbox.get()]
     while not mailbox.empty():
         items.append(mailbox.get_nowait())
-    for item in items:
-        if isinstance(item, RaylignError):
+    events = [item for item in items if isinstance(item, TokenEvent)]
+    for item in items if len(events) < len(items) else ():
+        if not isinstance(item, TokenEvent):
             raise item
-    return [item for item in items if isinstance(item, TokenEvent)]
+    return events

@@ -11,7 +11,8 @@ class Metrics:
     def __init__(self) -> None:
         self._all = CollectorRegistry()
         self.requests = Counter("raylign_requests", "Requests answered", ["route", "status"], registry=self._all)
-        self.tokens = Counter("raylign_tokens", "Tokens of prompts and completions", ["kind"], registry=self._all)
+        tokens = Counter("raylign_tokens", "Tokens of prompts and completions", ["kind"], registry=self._all)
+        self.prompt_tokens, self.completion_tokens = tokens.labels("prompt"), tokens.labels("completion")
         self.first_token = Histogram(
             "raylign_first_token_seconds", "From a request to its first token", registry=self._all, buckets=_SECONDS
         )

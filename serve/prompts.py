@@ -1,7 +1,7 @@
 """Requests into tokens, and tokens into text: all that a service does with the model's tokenizer."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ..cluster.errors import InputError
@@ -18,6 +18,9 @@ class Prompts:
         self._tokenizer = tokenizer
         self.stop_tokens = tuple(sorted(stop_tokens(tokenizer)))
         """Tokens that end an answer."""
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        # Called for every token: transformers' own way there takes five times as long and gives the same.
+        self._decode = fast.decode if fast else partial(tokenizer.decode, clean_up_tokenization_spaces=False)
 
     @cached_property
     def notation(self) -> Notation | None:
@@ -50,7 +53,7 @@ class Prompts:
 
     def decode(self, tokens: list[int]) -> str:
         """A completion's tokens as text."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._decode(tokens, skip_special_tokens=True)
 
     def token_text(self, token: int) -> str:
         """One token as text, for log-probs."""

@@ -111,13 +111,18 @@ class Service:
             for i in range(work.fields.n)
         }
         stream = self._bridge.stream(requests, self.limits.request_seconds)
+        began, sampled = time.monotonic(), 0
         async with self._place(work), self._adapter(work.entry), aclosing(stream) as steps:
-            async for events in steps:
-                self._quotas.spend(work.key, len(events), time.monotonic())
-                by_row: defaultdict[tuple[str, int], list[TokenEvent]] = defaultdict(list)
-                for event in events:
-                    by_row[event.request_id, event.index].append(event)
-                yield [rows[key].take(its_events) for key, its_events in by_row.items()]
+            try:
+                async for events in steps:
+                    if not sampled:
+                        self.metrics.first_token.observe(time.monotonic() - began)
+                    sampled += len(events)
+                    yield _pieces(rows, events)
+            finally:
+                self.metrics.completion_tokens.inc(sampled)
+                self._quotas.spend(work.key, sampled, time.monotonic())
+        self.metrics.answer.observe(time.monotonic() - began)
 
     async def busy(self, timeout: float = 30.0) -> bool:
         """Whether the engine has work; raises `TimeoutError` when it does not answer in `timeout` seconds."""
@@ -138,7 +143,7 @@ class Service:
         with self._admission.enter(work.rows):
             self._quotas.enter(work.key, began)
             self._quotas.spend(work.key, work.prompt_tokens, began)
-            self.metrics.tokens.labels("prompt").inc(work.prompt_tokens)
+            self.metrics.prompt_tokens.inc(work.prompt_tokens)
             yield
         self._admission.took(time.monotonic() - began)
 
@@ -224,3 +229,13 @@ class Service:
             stop_tokens=frozenset(self.prompts.stop_tokens),
             reader=CallReader(notation, names) if names and notation else None,
         )
+
+
+def _pieces(rows: dict[tuple[str, int], Row], events: list[TokenEvent]) -> list[Piece]:
+    """What each row has gained, in the order in which their first tokens came."""
+    if len(events) == 1:
+        return [rows[events[0].request_id, events[0].index].take(events)]
+    by_row: defaultdict[tuple[str, int], list[TokenEvent]] = defaultdict(list)
+    for event in events:
+        by_row[event.request_id, event.index].append(event)
+    return [rows[key].take(its_events) for key, its_events in by_row.items()]
