@@ -6,7 +6,6 @@ its cache does not know. EOS is on, as it always is for a service; of a random m
 
 import asyncio
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .arena import Arena
 from .measured import Case, Contest, Measured
@@ -165,7 +166,7 @@ def latencies(rows: list[dict[str, Any]]) -> dict[str, float]:
         "answer": [row["last"] for row in rows],
     }
     return {
-        f"{kind}_{name}_ms": round(1000 * statistics.quantiles(values, n=100, method="inclusive")[place - 1], 3)
+        f"{kind}_{name}_ms": round(1000 * float(np.percentile(values, place)), 3)
         for kind, values in kinds.items()
         for name, place in (("p50", 50), ("p99", 99))
     }
