@@ -187,6 +187,8 @@ def _first_mistake(error: RequestValidationError) -> ApiError:
     place = [str(part)[:64] for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
         return bad_request("the body is not JSON", code="invalid_json")
+    if not place and first["type"] in ("model_attributes_type", "missing"):
+        return bad_request("the body must be a JSON object, sent as content-type: application/json")
     if not place:
         return bad_request(first["msg"].removeprefix("Value error, "))
     if first["type"] == "extra_forbidden":

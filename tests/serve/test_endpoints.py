@@ -132,6 +132,13 @@ def test_models_probes_and_metrics(client: Any, served: Live, shelf: Shelf) -> N
     assert "raylign_first_token_seconds_bucket" in page
 
 
+def test_a_body_that_is_not_sent_as_json_is_told_so(served: Live) -> None:
+    for content, headers in ((b'{"model": "first"}', {"content-type": "text/plain"}), (b"", {})):
+        answer = httpx.post(f"{served.url}/v1/completions", content=content, headers=headers, trust_env=False)
+        assert answer.status_code == 400
+        assert "application/json" in answer.json()["error"]["message"]
+
+
 def test_the_asynchronous_client_streams_many_at_once(served: Live) -> None:
     async def say(client: openai.AsyncOpenAI, i: int) -> tuple[str, Any]:
         text, counts = "", None
