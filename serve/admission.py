@@ -55,7 +55,7 @@ class Quotas:
 
     def spend(self, key: Key | None, tokens: int, now: float) -> None:
         """Count tokens that were used; what is overdrawn has to be waited for."""
-        if bucket := self._of(key, now).get("tokens"):
+        if key and (bucket := self._of(key, now).get("tokens")):
             bucket.level -= tokens
 
     def _of(self, key: Key | None, now: float) -> dict[str, Bucket]:

@@ -118,10 +118,10 @@ class Service:
                     if not sampled:
                         self.metrics.first_token.observe(time.monotonic() - began)
                     sampled += len(events)
+                    self._quotas.spend(work.key, len(events), time.monotonic())
                     yield _pieces(rows, events)
             finally:
                 self.metrics.completion_tokens.inc(sampled)
-                self._quotas.spend(work.key, sampled, time.monotonic())
         self.metrics.answer.observe(time.monotonic() - began)
 
     async def busy(self, timeout: float = 30.0) -> bool:
