@@ -24,7 +24,9 @@ VERBS = (
     "down",
     "serve",
     "query",
+    "chat",
     "models",
+    "keys",
 )
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 

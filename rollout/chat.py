@@ -17,13 +17,13 @@ class ChatTokenizer(Protocol):
     eos_token_id: int | None
     chat_template: str | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
 
 def encode_prompt(
-    tokenizer: ChatTokenizer, messages: Sequence[dict[str, str]], tools: Sequence[dict[str, Any]] = ()
+    tokenizer: ChatTokenizer, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
 ) -> list[int]:
-    """The tokens to generate after; control tokens written in a message are read as plain text.
+    """The tokens to generate after; control tokens written in a message or a tool are read as plain text.
 
     `tools` are the JSON schemas of what the model may call. Raises `InputError` where there is no chat template, or it
     refuses the messages.
@@ -40,7 +40,7 @@ def encode_prompt(
             sanitize_control_tokens=True,
             return_dict=False,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, LookupError) as error:
         raise InputError(f"the chat template refuses these messages: {error}") from None
     return list(ids)
 

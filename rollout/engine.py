@@ -62,22 +62,30 @@ def check_request(
             f"request {name!r} needs {len(prompt)} prompt + {sampling.max_tokens} new tokens, "
             f"the engine holds {max_length}: shorten the prompt or max_tokens"
         )
-    _check_sampling(name, sampling)
+    _check_sampling(name, sampling, vocabulary)
     if request.adapter is not None and request.adapter not in adapters:
         raise InputError(f"request {name!r} asks for adapter {request.adapter[:12]}, which is not loaded")
 
 
-def _check_sampling(name: str, sampling: Sampling) -> None:
+def _check_sampling(name: str, sampling: Sampling, vocabulary: int) -> None:
     allowed = (
         ("temperature", 0 <= sampling.temperature < math.inf, "at least 0"),
         ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
         ("top_k", sampling.top_k >= 0, "at least 0"),
         ("min_p", 0 <= sampling.min_p <= 1, "from 0 to 1"),
         ("top_logprobs", 0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, f"from 0 to {MAX_TOP_LOGPROBS}"),
+        ("presence_penalty", math.isfinite(sampling.presence_penalty), "a finite number"),
+        ("frequency_penalty", math.isfinite(sampling.frequency_penalty), "a finite number"),
     )
     for setting, good, range_ in allowed:
         if not good:
             raise InputError(f"request {name!r} has {setting} {getattr(sampling, setting)}: it must be {range_}")
+    for token, bias in sampling.logit_bias:
+        if not (0 <= token < vocabulary and math.isfinite(bias)):
+            raise InputError(
+                f"request {name!r} has logit_bias {bias} for token {token}: it takes finite numbers for tokens "
+                f"0 … {vocabulary - 1}"
+            )
 
 
 class RequestsFailed(RunFailed):

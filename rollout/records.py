@@ -48,6 +48,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
     top_logprobs: int = 0
     """How many of the likeliest tokens to report with every token."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their logits, before anything else."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the completion has already."""
+    frequency_penalty: float = 0.0
+    """Taken from it as often as the completion has it."""
+    grammar: str = ""
+    """A grammar in llguidance's notation that the completion's text follows; none for any text."""
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the model's logits are changed before a token is drawn."""
+        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty or self.grammar)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,19 +2,26 @@
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .service import Piece
+from .pieces import Piece, likeliest
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
 
-class TokenText(Protocol):
-    """Gives one token as text."""
+class Tokens(Protocol):
+    """Says single tokens."""
 
-    def __call__(self, token: int, /) -> str: ...
+    def token_text(self, token: int) -> str:
+        """As text."""
+        ...
+
+    def token_bytes(self, token: int) -> list[int]:
+        """As bytes, which may be a part of a character only."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,43 +68,73 @@ class Shape(Protocol):
 class ChatShape:
     """`/v1/chat/completions`."""
 
-    token_text: TokenText
+    words: Tokens
     logprobs: bool
 
     def head(self, model: str, digest: str, *, stream: bool) -> Head:
         return Head(model, digest, "chatcmpl", "chat.completion.chunk" if stream else "chat.completion")
 
     def opening(self, choice: int) -> dict[str, Any] | None:
-        return {"index": choice, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        return {
+            "index": choice,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
 
     def choice(self, piece: Piece, *, stream: bool) -> dict[str, Any]:
-        said: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
-        if stream:
-            said = {"content": piece.text} if piece.text else {}
         return {
             "index": piece.choice,
-            "delta" if stream else "message": said,
-            "logprobs": self._logprobs(piece) if self.logprobs else None,
+            "delta" if stream else "message": _delta(piece) if stream else _message(piece),
+            "logprobs": {"content": self._logprobs(piece), "refusal": None} if self.logprobs else None,
             "finish_reason": piece.finish_reason,
         }
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        tokens = [
-            (self.token_text(token), logprob) for token, logprob in zip(piece.tokens, piece.logprobs, strict=True)
+    def _logprobs(self, piece: Piece) -> list[dict[str, Any]]:
+        tops: Sequence[Any] = piece.tops or [None] * len(piece.tokens)
+        return [
+            self._token(token, logprob)
+            | {"top_logprobs": [self._token(*best) for best in likeliest(top)] if top else []}
+            for token, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True)
         ]
-        content = [
-            {"token": text, "logprob": max(p, _LEAST_LOGPROB), "bytes": list(text.encode()), "top_logprobs": []}
-            for text, p in tokens
-        ]
-        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        said = self.words
+        return {
+            "token": said.token_text(token),
+            "logprob": max(logprob, _LEAST_LOGPROB),
+            "bytes": said.token_bytes(token),
+        }
+
+
+def _message(piece: Piece) -> dict[str, Any]:
+    said: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+    if piece.calls:
+        said |= {"content": piece.text or None, "tool_calls": [call for _, call in _calls(piece)]}
+    return said
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    said: dict[str, Any] = {"content": piece.text} if piece.text else {}
+    if piece.calls:
+        said["tool_calls"] = [{"index": index} | call for index, call in _calls(piece)]
+    return said
+
+
+def _calls(piece: Piece) -> list[tuple[int, dict[str, Any]]]:
+    return [
+        (i, {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}})
+        for i, call in enumerate(piece.calls, piece.first_call)
+    ]
 
 
 @dataclass(slots=True)
 class CompletionShape:
     """`/v1/completions`."""
 
-    token_text: TokenText
-    logprobs: bool
+    words: Tokens
+    logprobs: int | None
+    """How many of the likeliest tokens come with each; none for no log-probs at all."""
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters of each choice's tokens so far."""
 
@@ -111,31 +148,23 @@ class CompletionShape:
         return {
             "index": piece.choice,
             "text": piece.text,
-            "logprobs": self._logprobs(piece) if self.logprobs else None,
+            "logprobs": self._logprobs(piece) if self.logprobs is not None else None,
             "finish_reason": piece.finish_reason,
         }
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        texts = [self.token_text(token) for token in piece.tokens]
+        texts = [self.words.token_text(token) for token in piece.tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offsets.get(piece.choice, 0))
             self._offsets[piece.choice] = offsets[-1] + len(text)
+        tops = [{self.words.token_text(token): p for token, p in likeliest(top)} for top in piece.tops]
         return {
             "tokens": texts,
             "token_logprobs": [max(p, _LEAST_LOGPROB) for p in piece.logprobs],
             "text_offset": offsets,
-            "top_logprobs": None,
+            "top_logprobs": tops if self.logprobs else None,
         }
-
-
-def join(pieces: list[Piece]) -> list[Piece]:
-    """The whole of every choice, in order of choices, from its pieces in order of time."""
-    whole: dict[int, Piece] = {}
-    for piece in pieces:
-        before = whole.get(piece.choice)
-        whole[piece.choice] = piece if before is None else _add(before, piece)
-    return [whole[choice] for choice in sorted(whole)]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
@@ -145,14 +174,3 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
-
-
-def _add(before: Piece, piece: Piece) -> Piece:
-    return Piece(
-        choice=before.choice,
-        text=before.text + piece.text,
-        tokens=before.tokens + piece.tokens,
-        logprobs=before.logprobs + piece.logprobs,
-        sampled=before.sampled + piece.sampled,
-        finish_reason=piece.finish_reason,
-    )

@@ -7,58 +7,86 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..cluster.errors import InputError, RaylignError
-from .answers import ChatShape, CompletionShape, Head, Shape, join, usage
-from .protocol import ApiError, ChatRequest, CompletionRequest, GenerationFields, bad_request
+from ..cluster.errors import RaylignError
+from .answers import ChatShape, CompletionShape, Head, Shape, usage
+from .api_errors import ApiError, bad_request, from_engine
+from .gate import Gate, respond
+from .keys import KeyRing
+from .openapi import RESPONSES
+from .pieces import Piece, join
+from .protocol import ChatRequest, CompletionRequest
 from .registry import Entry
-from .service import Piece, Service
+from .sending import ClientGone, EventStream, while_connected
+from .service import Service, Work
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 DIGEST_HEADER = "x-raylign-digest"
+_GRACE_SECONDS = 5.0
+"""How much longer than an answer may take its stream may be read."""
 
 
-def build_app(service: Service) -> FastAPI:
-    """The OpenAI-compatible application of a service."""
-    app = FastAPI(title="raylign", docs_url=None, redoc_url=None)
+def build_app(service: Service, keys: KeyRing) -> FastAPI:
+    """The OpenAI-compatible application of a service; whoever asks needs one of the keys, if there are any."""
+    app = FastAPI(title="raylign", docs_url=None, redoc_url=None, redirect_slashes=False, responses=RESPONSES)
+    app.add_middleware(Gate, keys=keys, limits=service.limits, metrics=service.metrics)
     _add_errors(app)
     _add_generation(app, service)
     _add_models(app, service)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        busy = await service.busy()
-        return {"status": "ok", "busy": busy, "base": service.base.digest, "max_length": service.max_length}
-
+    _add_probes(app, service, keys)
     return app
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(request: ChatRequest) -> Response:
-        entry = await service.select(request.model)
-        prompt = service.chat_prompt(request.messages)
-        shape = ChatShape(service.token_text, request.logprobs)
-        return await _answer(service, entry, [prompt], request, request.limit, shape)
+    async def chat(request: ChatRequest, http: Request) -> Response:
+        entry = service.entry(request.model, http.state.key)
+        prompt = service.prompts.chat(request.messages, request.offered)
+        work = Work(entry=entry, prompts=[prompt], fields=request, key=http.state.key)
+        return await _answer(service, work, ChatShape(service.prompts, request.logprobs), http)
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(request: CompletionRequest) -> Response:
-        entry = await service.select(request.model)
-        prompts = [service.text_prompt(prompt) for prompt in request.prompts]
-        shape = CompletionShape(service.token_text, request.logprobs is not None)
-        return await _answer(service, entry, prompts, request, request.max_tokens or 16, shape)
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        entry = service.entry(request.model, http.state.key)
+        prompts = [service.prompts.text(prompt) for prompt in request.prompts]
+        work = Work(entry=entry, prompts=prompts, fields=request, key=http.state.key)
+        return await _answer(service, work, CompletionShape(service.prompts, request.logprobs), http)
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, entry) for name, entry in service.models().items()]}
+    async def models(http: Request) -> dict[str, Any]:
+        known = service.models(http.state.key)
+        return {"object": "list", "data": [_model(name, entry) for name, entry in known.items()]}
 
     @app.get("/v1/models/{name}")
-    async def model(name: str) -> dict[str, Any]:
-        return _model(name, service.entry(name))
+    async def model(name: str, http: Request) -> dict[str, Any]:
+        return _model(name, service.entry(name, http.state.key))
+
+
+def _add_probes(app: FastAPI, service: Service, keys: KeyRing) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether the engine's thread answers. Without keys it also says what is served."""
+        busy = await service.busy()
+        if keys.required:
+            return {"status": "ok"}
+        return {"status": "ok", "busy": busy, "base": service.base.digest, "max_length": service.max_length}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, str]:
+        """Whether another request would be let in; 503 where it would not."""
+        if service.full:
+            raise ApiError(503, "all places are taken", type="server_error", code="overloaded")
+        await service.busy()
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return Response(service.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _model(name: str, entry: Entry) -> dict[str, Any]:
@@ -72,31 +100,28 @@ def _model(name: str, entry: Entry) -> dict[str, Any]:
     }
 
 
-async def _answer(
-    service: Service,
-    entry: Entry,
-    prompts: list[list[int]],
-    request: GenerationFields,
-    limit: int | None,
-    shape: Shape,
-) -> Response:
-    head = shape.head(request.model, entry.digest, stream=request.stream)
-    headers = {DIGEST_HEADER: entry.digest}
-    steps = service.generate(entry, prompts, request, limit)
-    spent = sum(len(prompt) for prompt in prompts)
+async def _answer(service: Service, work: Work, shape: Shape, http: Request) -> Response:
+    request = work.fields
+    head = shape.head(request.model, work.entry.digest, stream=request.stream)
+    headers = {DIGEST_HEADER: work.entry.digest}
+    steps = service.generate(work)
     if not request.stream:
-        async with aclosing(steps):
-            pieces = join([piece async for step in steps for piece in step])
+        pieces = join(await while_connected(http, _all(steps)))
         choices = [shape.choice(piece, stream=False) for piece in pieces]
-        counts = usage(spent, sum(piece.sampled for piece in pieces))
+        counts = usage(work.prompt_tokens, sum(piece.sampled for piece in pieces))
         return JSONResponse(head.body(choices, usage=counts), headers=headers)
     try:
-        first = await anext(steps)  # what is wrong with a request is found here, while the status can still say so
+        first = await while_connected(http, anext(steps))  # what is wrong is found here, while the status can say so
     except BaseException:
         await steps.aclose()
         raise
-    events = _events(shape, head, _from_first(first, steps), spent, len(prompts) * request.n, request.include_usage)
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+    events = _events(shape, head, _from_first(first, steps), work)
+    return EventStream(events, service.limits.request_seconds + _GRACE_SECONDS, headers)
+
+
+async def _all(steps: AsyncGenerator[list[Piece], None]) -> list[Piece]:
+    async with aclosing(steps):
+        return [piece async for step in steps for piece in step]
 
 
 async def _from_first(
@@ -109,64 +134,61 @@ async def _from_first(
 
 
 async def _events(
-    shape: Shape, head: Head, steps: AsyncGenerator[list[Piece], None], spent: int, choices: int, include_usage: bool
+    shape: Shape, head: Head, steps: AsyncGenerator[list[Piece], None], work: Work
 ) -> AsyncGenerator[str, None]:
     """Server-sent events: an opening for each choice, its pieces, the token counts if asked for, the end."""
-    more = {"usage": None} if include_usage else {}
+    more = {"usage": None} if work.fields.include_usage else {}
     sampled = 0
     async with aclosing(steps):
-        for choice in range(choices):
+        for choice in range(work.rows):
             if opening := shape.opening(choice):
                 yield _event(head.body([opening], **more))
         try:
             async for step in steps:
                 sampled += sum(piece.sampled for piece in step)
                 for piece in step:
-                    if piece.text or piece.tokens or piece.finish_reason:
+                    if piece.text or piece.tokens or piece.calls or piece.finish_reason:
                         yield _event(head.body([shape.choice(piece, stream=True)], **more))
-        except RaylignError as error:
-            yield _event(_failure(error).body)
+        except (RaylignError, TimeoutError) as error:
+            yield _event(from_engine(error).body)
             return
-    if include_usage:
-        yield _event(head.body([], usage=usage(spent, sampled)))
+    if work.fields.include_usage:
+        yield _event(head.body([], usage=usage(work.prompt_tokens, sampled)))
     yield "data: [DONE]\n\n"
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _failure(error: RaylignError) -> ApiError:
-    if isinstance(error, InputError):
-        return bad_request(str(error))
-    return ApiError(503, str(error), type="server_error", code="engine_failed")
+    return f"data: {_JSON.encode(body)}\n\n"
 
 
 def _add_errors(app: FastAPI) -> None:
     def refuse(kind: type[Exception], convert: Callable[[Any, Request], ApiError]) -> None:
         @app.exception_handler(kind)
         async def handler(request: Request, error: Exception) -> JSONResponse:
-            answer = convert(error, request)
-            return JSONResponse(answer.body, answer.status)
+            return respond(convert(error, request))
 
     refuse(ApiError, lambda error, _: error)
-    refuse(RaylignError, lambda error, _: _failure(error))
+    refuse(RaylignError, lambda error, _: from_engine(error))
+    refuse(TimeoutError, lambda error, _: from_engine(error))
+    refuse(ClientGone, lambda _, __: ApiError(499, "the client went away"))
     refuse(RequestValidationError, lambda error, _: _first_mistake(error))
     refuse(HTTPException, _http_error)
-    refuse(TimeoutError, lambda _, __: ApiError(503, "the engine does not answer", type="server_error"))
     refuse(Exception, lambda error, _: ApiError(500, f"internal error: {type(error).__name__}", type="server_error"))
 
 
 def _http_error(error: HTTPException, request: Request) -> ApiError:
     message = {404: "there is no route", 405: "this method is not for"}.get(error.status_code, error.detail)
-    return ApiError(error.status_code, f"{message} {request.method} {request.url.path}", type="invalid_request_error")
+    text = f"{message} {request.method} {request.url.path[:200]}"
+    return ApiError(error.status_code, text, headers=dict(error.headers or {}))
 
 
 def _first_mistake(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = [str(part)[:64] for part in first["loc"] if part not in ("body", "query", "path")]
     if first["type"] == "json_invalid":
-        return bad_request("the body is not JSON")
+        return bad_request("the body is not JSON", code="invalid_json")
+    if not place and first["type"] in ("model_attributes_type", "missing"):
+        return bad_request("the body must be a JSON object, sent as content-type: application/json")
     if not place:
         return bad_request(first["msg"].removeprefix("Value error, "))
     if first["type"] == "extra_forbidden":

@@ -5,16 +5,14 @@ Tokens of a step reach the event loop in one hop, whatever the number of request
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
 
 from ..cluster.errors import RaylignError
-from ..cluster.weights import Tensors
 from ..rollout.engine import TokenEvent
 from ..rollout.engine_thread import EngineThread
 from ..rollout.records import GenerationRequest
 
-_Item = TokenEvent | RaylignError
+_Item = TokenEvent | RaylignError | TimeoutError
 _Mailbox = asyncio.Queue[_Item]
 
 
@@ -25,16 +23,18 @@ class Bridge:
         self._engine = engine
         self._outbox: deque[tuple[_Mailbox, _Item]] = deque()
         self._flush_is_due = False
-        self._adapters: set[str] = set()
 
-    async def stream(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[list[TokenEvent], None]:
+    async def stream(
+        self, requests: Sequence[GenerationRequest], seconds: float | None = None
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         """Generate; yields the new tokens of all these requests until the last row has finished.
 
         Leaving early (the client went away) aborts what still runs. Raises what the engine answers: `InputError` for a
-        request it refuses, `RunFailed` where it failed.
+        request it refuses, `RunFailed` where it failed; and `TimeoutError` after so many seconds.
         """
         mailbox: _Mailbox = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        alarm = loop.call_later(seconds, mailbox.put_nowait, TimeoutError()) if seconds is not None else None
         rows = sum(request.n for request in requests)
         for request in requests:
             self._engine.submit(request, lambda item: self._post(loop, mailbox, item))
@@ -44,24 +44,10 @@ class Bridge:
                 rows -= sum(event.finish_reason is not None for event in events)
                 yield events
         finally:
+            if alarm:
+                alarm.cancel()
             for request in requests if rows else ():
                 self._engine.abort(request.request_id)
-
-    async def load_adapter(self, digest: str, read: Callable[[], tuple[Tensors, dict[str, Any]]]) -> None:
-        """Make an adapter available, once; `read` gives its tensors and config, away from both threads.
-
-        Raises `InputError` for an adapter that the engine cannot hold, and whatever `read` raises.
-        """
-        if digest in self._adapters:
-            return
-        tensors, config = await asyncio.to_thread(read)
-
-        def load(engine: Any) -> None:
-            if digest not in engine.adapters():
-                engine.load_adapter(digest, tensors, config)
-
-        await asyncio.wrap_future(self._engine.call(load))
-        self._adapters.add(digest)
 
     async def busy(self, timeout: float) -> bool:
         """Whether the engine has work; raises `TimeoutError` when its thread does not answer in `timeout` seconds."""
@@ -86,7 +72,8 @@ async def _take(mailbox: _Mailbox) -> list[TokenEvent]:
     items = [await mailbox.get()]
     while not mailbox.empty():
         items.append(mailbox.get_nowait())
-    for item in items:
-        if isinstance(item, RaylignError):
+    events = [item for item in items if isinstance(item, TokenEvent)]
+    for item in items if len(events) < len(items) else ():
+        if not isinstance(item, TokenEvent):
             raise item
-    return [item for item in items if isinstance(item, TokenEvent)]
+    return events

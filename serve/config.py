@@ -5,6 +5,21 @@ from pydantic import Field
 from ..cluster.config import Config, Name, Resources
 
 
+class Limits(Config):
+    """What a replica takes on; what is more is refused at once, never left to wait for ever."""
+
+    completions: int = Field(default=512, ge=1)
+    """Completions that run or wait; a request that would be more is answered 429. One alone is always let in."""
+    adapters: int = Field(default=64, ge=1)
+    """Adapters that the engine holds; the longest unused leaves for another."""
+    request_seconds: float = Field(default=600.0, gt=0)
+    """How long an answer may take to its last token; then 504."""
+    body_seconds: float = Field(default=30.0, gt=0)
+    """How long a client may take to send a request; then 408."""
+    body_bytes: int = Field(default=4_000_000, ge=1024)
+    """The largest request; larger ones are answered 413 before they are read."""
+
+
 class ServeConfig(Config):
     """What a finished run serves and where it listens."""
 
@@ -18,4 +33,5 @@ class ServeConfig(Config):
     """Rows a replica decodes at once."""
     max_length: int = Field(default=2048, ge=1)
     """The most tokens of prompt and completion together."""
+    limits: Limits = Limits()
     resources: Resources = Resources()

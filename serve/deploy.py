@@ -12,11 +12,12 @@ from ..cluster.errors import DoesNotFit, InputError, RunFailed
 from ..cluster.placement import offers
 from ..cluster.planning import Demand, plan
 from .config import ServeConfig
+from .keys import keys_path, read_keys
 from .registry import Registry
 from .replica import BuildEngine, ReplicaSpec, native_engine
 
-_MAX_ONGOING = 1024
-"""Requests a replica takes at once; the engine queues and batches them itself. Ray Serve's own default is 5."""
+_MAX_ONGOING = 4096
+"""Requests a replica takes at once: those that are too many for it, it refuses itself. Ray Serve's default is 5."""
 _POLL_SECONDS = 0.1
 
 
@@ -34,13 +35,13 @@ def start(
     """Serve a base model and every adapter of it in the registry; gives the URL (clients add `/v1`) once it answers.
 
     One Ray has one HTTP port: the first service takes its root, further ones get `/<name>`. A service of that name that
-    already runs is replaced. Raises `InputError` for a host other than loopback (there are no API keys yet) or a port
+    already runs is replaced. Raises `InputError` for a host other than loopback where there are no API keys, or a port
     that is taken, `DoesNotFit` when replicas are larger than the cluster, or found no place within `timeout` seconds,
     `RunFailed` when one failed. `tick` is called several times a second while it waits; what that raises ends the start
     too. Whatever ends it, nothing of the service is left.
     """
     _quiet()
-    _check_host(config.host)
+    _check_host(config.host, keys_path(registry))
     plan([Demand("serve replica", config.replicas, config.resources.cpus, config.resources.gpus)], offers())
     entry = Registry(registry).register_base(base)
     spec = ReplicaSpec(
@@ -50,6 +51,7 @@ def start(
         max_length=config.max_length,
         dtype=dtype,
         device="cuda" if config.resources.gpus else "cpu",
+        limits=config.limits,
     )
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)
@@ -145,14 +147,15 @@ def _deployment(config: ServeConfig, spec: ReplicaSpec, build: BuildEngine) -> A
     return deployed.bind(spec, build)
 
 
-def _check_host(host: str) -> None:
+def _check_host(host: str, keys: Path) -> None:
     try:
         loopback = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback:
+    if not loopback and not read_keys(keys):
         raise InputError(
-            f"serve.host {host!r} is not loopback: the service has no API keys yet, so it listens on 127.0.0.1 only"
+            f"serve.host {host!r} is not loopback, and there are no API keys in {keys}: make one with "
+            "`raylign keys add NAME`, or listen on 127.0.0.1"
         )
 
 

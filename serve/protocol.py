@@ -1,74 +1,55 @@
-"""OpenAI's requests and answers, as far as this service has them. Imports neither ray nor torch.
+"""OpenAI's requests, as far as this service has them. Imports neither ray nor torch."""
 
-A field that is not here is refused with its name, never ignored: an answer that left out half of what was asked looks
-right and is wrong. A field that is null counts as not given.
-"""
+from typing import Annotated, Literal
 
-from typing import Annotated, Any, Literal
+from pydantic import Field, model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from .messages import Message, NamedTool, ResponseFormat, Strict, Tool, ToolChoice
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
+MAX_BIASES = 1024
+MAX_MESSAGES = 4096
+MAX_TOOLS = 128
+INT64 = 2**63
+
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: object) -> object:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
-
-
-class TextPart(_Request):
-    """A piece of a message's content; only text."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Request):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class StreamOptions(_Request):
+class StreamOptions(Strict):
     """What a stream carries besides the pieces."""
 
     include_usage: bool = False
 
 
-class GenerationFields(_Request):
+class GenerationFields(Strict):
     """What chat completions and completions share."""
 
     model: str = Field(min_length=1, max_length=128)
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=INT64)
     temperature: float = Field(default=1.0, ge=0, le=2)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=MAX_STOPS)] = Field(
-        default_factory=list
-    )
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
+    logit_bias: dict[Token, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
+    """Added to these tokens' logits."""
+    presence_penalty: Penalty = 0.0
+    """Taken from the logit of every token that the completion has already."""
+    frequency_penalty: Penalty = 0.0
+    """Taken from it as often as the completion has it."""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = Field(default=None, max_length=512)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "GenerationFields":
+    def _options_are_of_a_stream(self) -> "GenerationFields":
         if self.stream_options and not self.stream:
             raise ValueError("stream_options is only for stream: true")
-        if "" in self.stops:
-            raise ValueError("stop must not hold an empty string")
         return self
 
     @property
@@ -81,33 +62,79 @@ class GenerationFields(_Request):
         """Whether a stream ends with the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of one completion; none is whatever room there is."""
+        return self.max_tokens
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens to report with every token."""
+        return 0
+
 
 class ChatRequest(GenerationFields):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=INT64)
     logprobs: bool = False
     """The log-prob of each sampled token."""
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: Literal[True] = True
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
-    def _one_limit(self) -> "ChatRequest":
+    def _fits_together(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give max_completion_tokens or max_tokens, not both")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools must have names of their own")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not in tools")
+        if self.offered and self.response_format and self.response_format.type != "text":
+            raise ValueError("response_format other than text cannot be asked for together with tools")
         return self
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of one completion; none is whatever room there is."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def alternatives(self) -> int:
+        return self.top_logprobs or 0
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced(self) -> list[Tool]:
+        """The tools of which it must call one; none where it may answer in words."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
 
 
 class CompletionRequest(GenerationFields):
     """`POST /v1/completions`; `prompt` is a text, tokens, or a list of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
-    logprobs: Literal[0] | None = None
-    """0 gives the log-prob of each sampled token; alternatives are not kept."""
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[str], Field(max_length=MAX_CHOICES)]
+        | list[Token]
+        | Annotated[list[list[Token]], Field(max_length=MAX_CHOICES)]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+    """The log-prob of each sampled token, and those of so many of the likeliest."""
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -118,18 +145,10 @@ class CompletionRequest(GenerationFields):
             return [[token for token in self.prompt if isinstance(token, int)]]
         return [item for item in self.prompt if not isinstance(item, int)]
 
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens or 16
 
-class ApiError(Exception):
-    """A request that is answered with an error in OpenAI's shape."""
-
-    def __init__(
-        self, status: int, message: str, *, type: str, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "param": param, "code": code}}
-
-
-def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """The request is wrong and stays wrong: 400."""
-    return ApiError(400, message, type="invalid_request_error", param=param, code=code)
+    @property
+    def alternatives(self) -> int:
+        return self.logprobs or 0

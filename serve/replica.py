@@ -1,7 +1,7 @@
 """What runs in a Ray Serve replica: an engine on its own thread behind the HTTP application."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +9,8 @@ from ..cluster.imports import importing
 from ..rollout.engine import Engine
 from ..rollout.engine_thread import EngineThread
 from ..rollout.engines import ENGINES
+from .config import Limits
+from .keys import KeyRing, keys_path
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ class ReplicaSpec:
     max_length: int
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def keys(self) -> Path:
+        """Where the service's API keys are, if it has any."""
+        return keys_path(self.registry)
 
 
 BuildEngine = Callable[[ReplicaSpec, Path], Engine]
@@ -55,12 +63,14 @@ class Replica:
             tokenizer=tokenizer,
             registry=registry,
             base=base,
+            limits=spec.limits,
         )
+        self._keys = KeyRing(spec.keys)
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from .app import build_app
 
-        return build_app(self._service)
+        return build_app(self._service, self._keys)
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raises when the engine does not answer."""

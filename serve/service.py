@@ -1,147 +1,176 @@
-"""The service without HTTP: which model a request means, its prompt in tokens, and the text that comes back."""
+"""The service without HTTP: which model a request means, its prompt in tokens, and what is generated."""
 
+import asyncio
+import logging
 import secrets
+import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..cluster.errors import InputError, NotFound
-from ..rollout.chat import encode_prompt, stop_tokens
 from ..rollout.engine import TokenEvent
 from ..rollout.engine_thread import EngineThread
 from ..rollout.records import GenerationRequest, Sampling, SeedKey
+from .adapter_cache import AdapterCache
+from .admission import Admission, Quotas
+from .api_errors import adapter_failed, bad_request, no_model
 from .bridge import Bridge
-from .protocol import MAX_CHOICES, ApiError, GenerationFields, Message, bad_request
+from .config import Limits
+from .grammar import check_size, json_grammar
+from .keys import Key
+from .messages import ObjectFormat, SchemaFormat
+from .metrics import Metrics
+from .pieces import Piece, Row
+from .prompts import Prompts
+from .protocol import MAX_CHOICES, ChatRequest, GenerationFields
 from .registry import Entry, Registry
 from .text import IncrementalText
+from .tools import CallReader, calls_grammar
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """What one choice has gained since its last piece; the last one carries the reason it ended."""
+class Work:
+    """What one request has generated: a number of completions of each prompt, by one model, for one key."""
 
-    choice: int
-    text: str
-    tokens: list[int]
-    """Sampled tokens that are part of the text (a stop token is not), with their log-probs."""
-    logprobs: list[float]
-    sampled: int
-    """Tokens generated, the stop token included."""
-    finish_reason: str | None
+    entry: Entry
+    prompts: Sequence[list[int]]
+    fields: GenerationFields
+    key: Key | None = None
 
+    @property
+    def rows(self) -> int:
+        """How many completions that is."""
+        return len(self.prompts) * self.fields.n
 
-@dataclass(slots=True)
-class _Row:
-    """A completion that is being generated."""
-
-    choice: int
-    text: IncrementalText
-    pieces: list[str] = field(default_factory=list)
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(prompt) for prompt in self.prompts)
 
 
 class Service:
     """One base model, every adapter of it in the registry, one engine; all methods but `__init__` on one event loop."""
 
-    def __init__(self, *, engine: EngineThread, tokenizer: Any, registry: Registry, base: Entry) -> None:
+    def __init__(
+        self, *, engine: EngineThread, tokenizer: Any, registry: Registry, base: Entry, limits: Limits | None = None
+    ) -> None:
         self.base = base
+        self.limits = limits or Limits()
+        self.prompts = Prompts(tokenizer)
+        self.metrics = Metrics()
         self._bridge = Bridge(engine)
-        self._tokenizer = tokenizer
         self._registry = registry
-        self._stop_tokens = tuple(sorted(stop_tokens(tokenizer)))
+        self._adapters = AdapterCache(engine, self.limits.adapters)
+        self._admission = Admission(self.limits.completions)
+        self._quotas = Quotas()
         self.max_length: int = engine.call(lambda owned: owned.max_length).result()
 
-    async def select(self, name: str) -> Entry:
-        """The entry a request's `model` means, ready to generate.
-
-        Raises a 404 for a name that is not there or sits on another base.
-        """
-        entry = self.entry(name)
-        if entry.kind == "adapter":
-            await self._bridge.load_adapter(entry.digest, lambda: self._registry.read_adapter(entry))
-        return entry
-
-    def entry(self, name: str) -> Entry:
-        """The registry's entry of a model that this service has; raises a 404 otherwise."""
+    def entry(self, name: str, key: Key | None = None) -> Entry:
+        """The registry's entry of a model that this service has and this key may use; raises a 404 otherwise."""
         try:
             entry = self._registry.resolve(name)
-        except (NotFound, InputError) as error:
-            raise _no_model(str(error)) from None
-        if entry.base != self.base.digest:
-            raise _no_model(
-                f"model {name!r} sits on base {entry.base[:12]}; this service has base {self.base.digest[:12]}"
-            )
+        except (NotFound, InputError, OSError, ValueError):
+            raise no_model(name) from None
+        if entry.base != self.base.digest or not self._allows(key, name, entry):
+            raise no_model(name)
         return entry
 
-    def models(self) -> dict[str, Entry]:
-        """What may be asked for, by id: every alias, and the digest of what has none."""
+    def models(self, key: Key | None = None) -> dict[str, Entry]:
+        """What this key may ask for, by id: every alias, and the digest of what has none."""
         entries = {e.digest: e for e in self._registry.entries() if e.base == self.base.digest}
         aliases = {name: entries[digest] for name, digest in self._registry.aliases().items() if digest in entries}
         named = {entry.digest for entry in aliases.values()}
-        return aliases | {digest: entry for digest, entry in entries.items() if digest not in named}
+        known = aliases | {digest: entry for digest, entry in entries.items() if digest not in named}
+        return {name: entry for name, entry in known.items() if self._allows(key, name, entry)}
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation in tokens, through the model's own template, open for the assistant's turn.
+    def _allows(self, key: Key | None, name: str, entry: Entry) -> bool:
+        """By its name, its digest, or the digest of a name on the key's list."""
+        if key is None or key.models is None or name in key.models or entry.digest in key.models:
+            return True
+        aliases = self._registry.aliases()
+        return any(aliases.get(allowed) == entry.digest for allowed in key.models)
 
-        Raises a 400 where the model has no template, or it refuses the messages.
+    async def generate(self, work: Work) -> AsyncGenerator[list[Piece], None]:
+        """Generate; choice `p * n + i` is completion `i` of prompt `p`. Leaving early aborts what still runs.
+
+        What is wrong is raised at the first step: a 400 for what does not fit, a 429 where there is no place or the key
+        has no more, what the registry and the engine say of an adapter, `TimeoutError` after `limits.request_seconds`.
         """
-        turns = [{"role": message.role, "content": message.text} for message in messages]
-        try:
-            return encode_prompt(self._tokenizer, turns)
-        except InputError as error:
-            if self._tokenizer.chat_template:
-                raise bad_request(str(error), param="messages") from None
-            raise bad_request(f"{error}: ask /v1/completions", param="model") from None
-
-    def text_prompt(self, prompt: str | list[int]) -> list[int]:
-        """A prompt in tokens. Raises a 400 for tokens that the model does not have."""
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
-        if not all(0 <= token < len(self._tokenizer) for token in prompt):
-            raise bad_request(f"prompt has tokens outside 0..{len(self._tokenizer) - 1}", param="prompt")
-        return prompt
-
-    async def generate(
-        self, entry: Entry, prompts: Sequence[list[int]], fields: GenerationFields, limit: int | None
-    ) -> AsyncGenerator[list[Piece], None]:
-        """Draw `fields.n` completions of each prompt; choice `p * n + i` is completion `i` of prompt `p`.
-
-        `limit` is the most tokens of one; by default whatever room there is. Raises a 400 for what does not fit.
-        """
-        requests = self._requests(entry, prompts, fields, limit)
+        requests = self._requests(work)
         rows = {
-            (request.request_id, i): _Row(p * fields.n + i, IncrementalText(self._decode, fields.stops))
+            (request.request_id, i): self._row(p * work.fields.n + i, work.fields)
             for p, request in enumerate(requests)
-            for i in range(fields.n)
+            for i in range(work.fields.n)
         }
-        async with aclosing(self._bridge.stream(requests)) as steps:
-            async for events in steps:
-                by_row: defaultdict[tuple[str, int], list[TokenEvent]] = defaultdict(list)
-                for event in events:
-                    by_row[event.request_id, event.index].append(event)
-                yield [self._piece(rows[key], its_events) for key, its_events in by_row.items()]
-
-    def token_text(self, token: int) -> str:
-        """One token as text, for log-probs."""
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+        stream = self._bridge.stream(requests, self.limits.request_seconds)
+        began, sampled = time.monotonic(), 0
+        async with self._place(work), self._adapter(work.entry), aclosing(stream) as steps:
+            try:
+                async for events in steps:
+                    if not sampled:
+                        self.metrics.first_token.observe(time.monotonic() - began)
+                    sampled += len(events)
+                    self._quotas.spend(work.key, len(events), time.monotonic())
+                    yield _pieces(rows, events)
+            finally:
+                self.metrics.completion_tokens.inc(sampled)
+        self.metrics.answer.observe(time.monotonic() - began)
 
     async def busy(self, timeout: float = 30.0) -> bool:
         """Whether the engine has work; raises `TimeoutError` when it does not answer in `timeout` seconds."""
         return await self._bridge.busy(timeout)
 
-    def _requests(
-        self, entry: Entry, prompts: Sequence[list[int]], fields: GenerationFields, limit: int | None
-    ) -> list[GenerationRequest]:
+    @property
+    def full(self) -> bool:
+        """Whether no further completion would be let in."""
+        return self._admission.inside >= self._admission.most
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return self.metrics.page(completions=self._admission.inside, adapters=len(self._adapters.held()))
+
+    @asynccontextmanager
+    async def _place(self, work: Work) -> AsyncIterator[None]:
+        began = time.monotonic()
+        with self._admission.enter(work.rows):
+            self._quotas.enter(work.key, began)
+            self._quotas.spend(work.key, work.prompt_tokens, began)
+            self.metrics.prompt_tokens.inc(work.prompt_tokens)
+            yield
+        self._admission.took(time.monotonic() - began)
+
+    @asynccontextmanager
+    async def _adapter(self, entry: Entry) -> AsyncIterator[None]:
+        """Have the model's adapter in the engine. Raises a 503 where it cannot be: its files have changed, say."""
+        if entry.kind != "adapter":
+            yield
+            return
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self.limits.request_seconds):
+                    use = self._adapters.use(entry.digest, lambda: self._registry.read_adapter(entry))
+                    await stack.enter_async_context(use)
+            except (InputError, OSError) as error:
+                logger.error("adapter %s cannot be loaded: %s", entry.digest, error)
+                raise adapter_failed(entry.digest) from None
+            yield
+
+    def _requests(self, work: Work) -> list[GenerationRequest]:
+        prompts, fields = work.prompts, work.fields
         if not prompts or not all(prompts):
             raise bad_request("the prompt is empty", param="prompt")
-        if len(prompts) * fields.n > MAX_CHOICES:
+        if work.rows > MAX_CHOICES:
             raise bad_request(f"{len(prompts)} prompts with n = {fields.n} are more than {MAX_CHOICES}", param="n")
         seed = secrets.randbits(63) if fields.seed is None else fields.seed % 2**63
-        name = uuid.uuid4().hex
+        name, grammar = uuid.uuid4().hex, self._grammar(fields)
         return [
             GenerationRequest(
                 request_id=f"{name}/{p}",
@@ -149,16 +178,35 @@ class Service:
                 sampling=Sampling(
                     temperature=fields.temperature,
                     top_p=fields.top_p,
-                    max_tokens=self._room(len(prompt), limit),
-                    stop_token_ids=self._stop_tokens,
+                    max_tokens=self._room(len(prompt), fields.limit),
+                    stop_token_ids=self.prompts.stop_tokens,
                     stop=fields.stops,
+                    top_logprobs=fields.alternatives,
+                    logit_bias=tuple(fields.logit_bias.items()),
+                    presence_penalty=fields.presence_penalty,
+                    frequency_penalty=fields.frequency_penalty,
+                    grammar=grammar,
                 ),
                 seed=SeedKey(seed, 0, p),
                 n=fields.n,
-                adapter=entry.digest if entry.kind == "adapter" else None,
+                adapter=work.entry.digest if work.entry.kind == "adapter" else None,
             )
             for p, prompt in enumerate(prompts)
         ]
+
+    def _grammar(self, fields: GenerationFields) -> str:
+        """What the answer's text must follow; empty for any text."""
+        if not isinstance(fields, ChatRequest):
+            return ""
+        if fields.forced and self.prompts.notation:
+            return check_size(calls_grammar(fields.forced, self.prompts.notation), "tools")
+        match fields.response_format:
+            case ObjectFormat():
+                return json_grammar({"type": "object"})
+            case SchemaFormat(json_schema=named):
+                return check_size(json_grammar(named.schema_), "response_format")
+            case _:
+                return ""
 
     def _room(self, prompt: int, limit: int | None) -> int:
         room = self.max_length - prompt
@@ -171,24 +219,23 @@ class Service:
             )
         return limit or room
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _piece(self, row: _Row, events: list[TokenEvent]) -> Piece:
-        kept = [e for e in events if not (e.finish_reason == "stop" and e.token in self._stop_tokens)]
-        text = "".join(row.text.push(event.token) for event in kept)
-        reason = events[-1].finish_reason
-        if reason:
-            text += row.text.finish()
-        return Piece(
-            choice=row.choice,
-            text=text,
-            tokens=[event.token for event in kept],
-            logprobs=[event.logprob for event in kept],
-            sampled=len(events),
-            finish_reason="stop" if reason and row.text.stopped else reason,
+    def _row(self, choice: int, fields: GenerationFields) -> Row:
+        offered = fields.offered if isinstance(fields, ChatRequest) else []
+        names = {tool.function.name for tool in offered}
+        notation = self.prompts.notation
+        return Row(
+            choice=choice,
+            text=IncrementalText(self.prompts.decode, fields.stops),
+            stop_tokens=frozenset(self.prompts.stop_tokens),
+            reader=CallReader(notation, names) if names and notation else None,
         )
 
 
-def _no_model(message: str) -> ApiError:
-    return ApiError(404, message, type="invalid_request_error", param="model", code="model_not_found")
+def _pieces(rows: dict[tuple[str, int], Row], events: list[TokenEvent]) -> list[Piece]:
+    """What each row has gained, in the order in which their first tokens came."""
+    if len(events) == 1:
+        return [rows[events[0].request_id, events[0].index].take(events)]
+    by_row: defaultdict[tuple[str, int], list[TokenEvent]] = defaultdict(list)
+    for event in events:
+        by_row[event.request_id, event.index].append(event)
+    return [rows[key].take(its_events) for key, its_events in by_row.items()]

@@ -57,6 +57,8 @@ class IncrementalText:
     def _release(self, text: str, *, final: bool) -> str:
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         self._held += text
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:

@@ -20,9 +20,11 @@ from ..records import GenerationRequest
 from .blocks import BLOCK
 from .cache import Batch
 from .decoder import Decoder
+from .grammars import Grammars
 from .rows import STATE, Prompt, Row, fresh_state, knobs_of
 from .sampling import draw, uniforms
 from .schedule import Piece, Schedule
+from .shaping import Shaper
 from .stop_strings import StopStrings
 
 
@@ -58,6 +60,7 @@ class NativeEngine:
         self._state = np.zeros(slots, STATE)
         self._unfinished: Counter[str] = Counter()
         self._tokenizer: Any = None
+        self._grammars: Grammars | None = None
         self.computed = 0
         """Prompt tokens that were computed, since the start."""
 
@@ -95,6 +98,8 @@ class NativeEngine:
             max_length=self.max_length,
             adapters=self.adapters(),
         )
+        if request.sampling.grammar:
+            self._matcher(request)
         self._unfinished[request.request_id] = request.n
         self._schedule.waiting.append(Prompt(request, self._decoder.adapters.number(request.adapter)))
 
@@ -218,15 +223,34 @@ class NativeEngine:
     def _next(self, logits: torch.Tensor, state: np.ndarray, rows: list[Row]) -> Any:
         """Draw a token for each row. Raises `RequestsFailed` before anything is advanced."""
         with torch.inference_mode():
+            self._shape(logits, state, rows)
             drawn = draw(logits, knobs_of(state), uniforms(state["key"], state["drawn"]), self.slots)
         bad = [row for row, good in zip(rows, np.isfinite(drawn.logprobs), strict=True) if not good]
         if bad:
             self._refuse(bad)
         return drawn
 
+    def _shape(self, logits: torch.Tensor, state: np.ndarray, rows: list[Row]) -> None:
+        """Change the logits of the rows that ask for it, in place."""
+        failures: dict[str, str] = {}
+        for i in np.flatnonzero(state["shaped"]):
+            shaper = rows[i].shaper
+            assert shaper is not None, "fresh_state and _new_row read the same request"
+            if shaper.failure:
+                failures[rows[i].request.request_id] = shaper.failure
+            else:
+                shaper.apply(logits[i])
+        if failures:
+            for request_id in failures:
+                self.abort(request_id)
+            why = "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+            raise RequestsFailed(f"a grammar cannot go on ({why})", frozenset(failures))
+
     def _new_row(self, request: GenerationRequest, index: int) -> Row:
         sampling = request.sampling
-        return Row(request, index, self._strings(request), [], sampling.max_tokens, frozenset(sampling.stop_token_ids))
+        shaper = Shaper(request, self._matcher(request)) if sampling.shaped else None
+        stops = frozenset(sampling.stop_token_ids)
+        return Row(request, index, self._strings(request), [], sampling.max_tokens, stops, shaper)
 
     def _finish_one(self, request_id: str) -> None:
         self._unfinished[request_id] -= 1
@@ -247,10 +271,20 @@ class NativeEngine:
         )
 
     def _strings(self, request: GenerationRequest) -> StopStrings | None:
-        if not request.sampling.stop:
+        return StopStrings(self._text(), request.sampling.stop) if request.sampling.stop else None
+
+    def _matcher(self, request: GenerationRequest) -> Any:
+        """The request's grammar at the beginning of a text, or none. Raises `InputError` for one that is no grammar."""
+        if not request.sampling.grammar:
             return None
+        if self._grammars is None:
+            self._grammars = Grammars(self._text())
+        return self._grammars.matcher(request.sampling.grammar)
+
+    def _text(self) -> Any:
+        """The model's tokenizer, read when a request first needs it."""
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-        return StopStrings(self._tokenizer, request.sampling.stop)
+        return self._tokenizer

@@ -8,6 +8,7 @@ import torch
 from ..engine import TokenEvent
 from ..records import FinishReason, GenerationRequest, TopLogprobs
 from .sampling import Knobs, stream_key
+from .shaping import Shaper
 from .stop_strings import StopStrings
 
 STATE = np.dtype(
@@ -22,6 +23,7 @@ STATE = np.dtype(
         ("top_k", np.int64),
         ("min_p", np.float64),
         ("top_logprobs", np.int64),
+        ("shaped", np.bool_),
     ]
 )
 """What a step computes with, a record a row: the last token, its place in the row, the adapter's number, the random
@@ -34,7 +36,7 @@ def fresh_state(request: GenerationRequest, index: int, adapter: int) -> np.ndar
     state = np.zeros((), STATE)
     state["position"], state["adapter"] = len(request.prompt), adapter
     state["key"], state["drawn"] = stream_key(seed._replace(sample=seed.sample + index)), request.drawn
-    for name in ("temperature", "top_p", "top_k", "min_p", "top_logprobs"):
+    for name in ("temperature", "top_p", "top_k", "min_p", "top_logprobs", "shaped"):
         state[name] = getattr(sampling, name)
     return state
 
@@ -54,12 +56,16 @@ class Row:
     blocks: list[int]
     left: int
     stop_ids: frozenset[int]
+    shaper: Shaper | None = None
 
     def take(self, token: int, logprob: float, top: TopLogprobs | None) -> TokenEvent:
         """Count a new token and say whether it is the last."""
         self.left -= 1
         reason: FinishReason | None = None
-        if token in self.stop_ids or (self.strings is not None and self.strings.push(token)):
+        if self.shaper is not None:
+            self.shaper.take(token)
+        ended = self.shaper is not None and self.shaper.ended
+        if ended or token in self.stop_ids or (self.strings is not None and self.strings.push(token)):
             reason = "stop"
         elif self.left == 0:
             reason = "length"

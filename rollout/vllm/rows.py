@@ -76,6 +76,12 @@ def sampling_params(request: GenerationRequest, index: int) -> Any:
             f"request {request.request_id!r}: vLLM draws at temperatures from {LEAST_TEMPERATURE} on (or 0, greedy), "
             f"not at {sampling.temperature}"
         )
+    if sampling.grammar:
+        raise InputError(f"request {request.request_id!r} asks for a grammar: the engine vllm has none, native has")
+    if request.drawn and (sampling.presence_penalty or sampling.frequency_penalty):
+        raise InputError(
+            f"request {request.request_id!r} goes on with penalties: vLLM would not count its {request.drawn} tokens"
+        )
     try:
         return SamplingParams(
             temperature=sampling.temperature,
@@ -85,6 +91,9 @@ def sampling_params(request: GenerationRequest, index: int) -> Any:
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             logprobs=sampling.top_logprobs,
+            logit_bias=dict(sampling.logit_bias) or None,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
             seed=_seed(request, index),
             ignore_eos=True,
             detokenize=False,

@@ -40,6 +40,9 @@ class Reference:
     def logprobs(self, request: GenerationRequest, completion: Completion) -> np.ndarray:
         """Log-probs `[T]` of a completion's tokens under the distributions that its request samples from."""
         logits = self._logits(request, completion.tokens)
+        own = request.prompt[len(request.prompt) - request.drawn :].tolist()
+        for t, row in enumerate(logits):
+            shape(row, [*own, *completion.tokens[:t].tolist()], request.sampling)
         each = [distribution(row, request.sampling) for row in logits]
         return np.log([row[token] for row, token in zip(each, completion.tokens, strict=True)])
 
@@ -66,6 +69,14 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     above = np.cumsum(weights[order]) - weights[order]
     weights[order[above >= sampling.top_p * weights.sum()]] = 0
     return _normalised(weights)
+
+
+def shape(logits: np.ndarray, before: list[int], sampling: Sampling) -> None:
+    """Biases and penalties by their definition, in place, where a completion has the tokens `before`."""
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token in set(before):
+        logits[token] -= sampling.presence_penalty + before.count(token) * sampling.frequency_penalty
 
 
 def _normalised(weights: np.ndarray) -> np.ndarray:

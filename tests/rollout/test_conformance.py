@@ -65,7 +65,14 @@ def test_rows_of_many_adapters_in_one_batch_give_pefts_tokens_and_those_of_each_
 
 @pytest.mark.parametrize(
     "sampling",
-    [{"temperature": 0}, {}, {"temperature": 0.7}, {"temperature": 1.3, "min_p": 0.05, "top_k": 20, "top_p": 0.9}],
+    [
+        {"temperature": 0},
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "min_p": 0.05, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0, "presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"temperature": 0.8, "top_k": 30, "frequency_penalty": -0.7, "logit_bias": ((5, 4.0), (9, -100.0), (11, 3.5))},
+    ],
 )
 def test_logprobs_are_those_of_a_plain_forward(sampling: dict[str, Any], engine: Engine, model: Model, shop: Shop):
     load(engine, model, "every-layer")
@@ -118,6 +125,39 @@ def test_top_logprobs_come_with_every_token_of_the_rows_that_ask(engine: Engine)
     assert top is not None
     assert top.ids[:, 0].tolist() == got["r4"][0].tokens.tolist()
     assert top.logprobs[:, 0].tolist() == got["r4"][0].logprobs.tolist()
+
+
+def test_a_penalty_and_a_bias_decide_what_is_greedy(engine: Engine):
+    plain = generate(engine, [request(1, temperature=0, max_tokens=40)])["r1"][0].tokens.tolist()
+    varied = generate(engine, [request(1, temperature=0, max_tokens=40, frequency_penalty=2.0)])["r1"][0]
+    assert len(set(varied.tokens.tolist())) > len(set(plain)), "without a penalty it repeats itself"
+    biased = generate(engine, [request(1, temperature=0, max_tokens=4, logit_bias=((7, 100.0),))])["r1"][0]
+    assert biased.tokens.tolist() == [7] * 4
+
+
+def test_rows_with_biases_change_nothing_for_the_others(engine: Engine, shop: Shop):
+    plain = request(1, n=2, max_tokens=20)
+    shaped = [request(i, max_tokens=20, presence_penalty=2.0, logit_bias=((i, 5.0),)) for i in range(2, 6)]
+    alone = [generate(engine, [r])[r.request_id] for r in (plain, *shaped)]
+    together = generate(engine, [*shaped, plain])
+    for r, row in zip((plain, *shaped), alone, strict=True):
+        assert tokens(together[r.request_id]) == tokens(row)
+        if shop.traits.exact:
+            assert bits(together[r.request_id]) == bits(row)
+
+
+def test_a_row_that_goes_on_is_penalised_for_what_it_has(engine: Engine, shop: Shop):
+    if not (shop.traits.exact and shop.traits.goes_on):
+        pytest.skip("this engine cannot go on bit for bit, or refuses penalties then")
+    whole = request(1, n=1, max_tokens=20, frequency_penalty=1.5)
+    made = generate(engine, [whole])["r1"][0].tokens
+    rest = replace(
+        whole,
+        prompt=np.concatenate([whole.prompt, made[:8]]),
+        drawn=8,
+        sampling=replace(whole.sampling, max_tokens=12),
+    )
+    assert generate(engine, [rest])["r1"][0].tokens.tolist() == made[8:].tolist()
 
 
 def test_a_long_row_and_more_short_ones_than_there_are_slots(engine: Engine, model: Model):
@@ -343,6 +383,9 @@ def test_adapters_that_cannot_be_served_are_refused(engine: Engine, model: Model
         ({"sampling": Sampling(top_p=0.0, max_tokens=4)}, "top_p 0.0: it must be above 0 and at most 1"),
         ({"sampling": Sampling(top_k=-1, max_tokens=4)}, "top_k -1: it must be at least 0"),
         ({"sampling": Sampling(min_p=1.5, max_tokens=4)}, "min_p 1.5: it must be from 0 to 1"),
+        ({"sampling": Sampling(logit_bias=((99999, 1.0),), max_tokens=4)}, "logit_bias 1.0 for token 99999"),
+        ({"sampling": Sampling(logit_bias=((1, float("nan")),), max_tokens=4)}, "logit_bias nan"),
+        ({"sampling": Sampling(presence_penalty=float("inf"), max_tokens=4)}, "presence_penalty inf"),
         ({"sampling": Sampling(top_logprobs=21, max_tokens=4)}, "top_logprobs 21: it must be from 0 to 20"),
     ],
 )

@@ -1,5 +1,6 @@
 """Adapters for the tiny model, and a registry that holds it with two of them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from raylign.cluster.weights import save_adapter
 from raylign.serve.registry import Entry, Registry
+
+from .live import Live, live
 
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "o_proj"]}
 
@@ -45,3 +48,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Shelf:
         adapters.append(registry.publish(folder, base))
         registry.promote(alias, adapters[-1].digest)
     return Shelf(registry, base, *adapters)
+
+
+@pytest.fixture(scope="session")
+def served(shelf: Shelf) -> Iterator[Live]:
+    """The shelf's base and adapters, on the native engine, without keys."""
+    with live(shelf.registry, "tiny-base") as up:
+        yield up

@@ -130,10 +130,17 @@ def test_requests_that_fail_by_themselves_leave_the_others_running(
     assert str(bad) == "bad diverged"
 
 
-def test_an_adapter_asked_for_at_once_is_loaded_once(engine: ScriptedEngine, thread: EngineThread) -> None:
+def test_a_reader_is_told_when_its_time_is_up_and_its_rows_are_aborted(
+    engine: ScriptedEngine, thread: EngineThread
+) -> None:
     async def main() -> None:
         bridge = Bridge(thread)
-        await asyncio.gather(*(bridge.load_adapter("d", lambda: ({}, {"r": 1})) for _ in range(5)))
+        engine.steps = threading.Semaphore(1)
+        with pytest.raises(TimeoutError):
+            async for _ in bridge.stream([_request("slow", 1, 60)], seconds=0.05):
+                pass
+        engine.steps.release(100)
+        assert not await bridge.busy(10)
 
     asyncio.run(main())
-    assert engine.adapters() == ("d",)
+    assert engine.aborted == ["slow"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import httpx
 import openai
 import pytest
 from raylign.cluster.errors import DoesNotFit, InputError
-from raylign.serve.config import ServeConfig
-from raylign.serve.deploy import start, stop
+from raylign.serve.config import Limits, ServeConfig
+from raylign.serve.deploy import _check_host, start, stop
+from raylign.serve.keys import add_key, keys_path
+from raylign.serve.registry import Registry
 
 from .conftest import Shelf
 
@@ -122,7 +125,7 @@ def test_a_model_registered_later_is_served_at_once(client: openai.OpenAI, shelf
 
 
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match=r"no model 'nobody'.*first") as caught:
+    with pytest.raises(openai.NotFoundError, match="no model 'nobody'") as caught:
         _say(client, "nobody")
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError):
@@ -132,9 +135,6 @@ def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"top_logprobs": 2, "logprobs": True}, "top_logprobs"),
         ({"extra_body": {"best": 1}}, "best"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 3}, "temperature"),
@@ -233,6 +233,32 @@ def test_another_host_is_refused(ray_session: str, shelf: Shelf) -> None:
             base=Path(shelf.base.path),
             registry=shelf.registry.root,
         )
+
+
+def test_with_keys_another_host_is_taken_and_rays_http_asks_for_one(
+    ray_session: str, shelf: Shelf, tmp_path: Path
+) -> None:
+    registry = Registry(tmp_path / "registry")
+    shutil.copytree(shelf.registry.root, registry.root)
+    secret = add_key(keys_path(registry.root), "me", models=("first",))
+    _check_host("0.0.0.0", keys_path(registry.root))
+    config = ServeConfig(alias="first", slots=8, max_length=64, limits=Limits(body_bytes=2000))
+    locked = start(config, name="locked", base=Path(shelf.base.path), registry=registry.root)
+    try:
+        with httpx.Client(trust_env=False) as plain:
+            for path in ("/v1/models", "/nowhere", "/openapi.json", "/metrics"):
+                assert plain.get(locked + path).status_code == 401
+            large = plain.post(f"{locked}/v1/completions", content=b" " * 3000, headers=_bearer(secret))
+            assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+        with openai.OpenAI(base_url=f"{locked}/v1", api_key=secret, max_retries=0) as mine:
+            assert [model.id for model in mine.models.list()] == ["first"]
+            assert _say(mine, "first", max_tokens=3)
+    finally:
+        stop("locked")
+
+
+def _bearer(secret: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {secret}"}
 
 
 def test_a_service_without_a_place_says_what_it_asked_for(url: str, shelf: Shelf) -> None:
