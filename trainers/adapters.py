@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,24 +39,32 @@ def open_model(
     return _new_adapter(model, lora, seed) if lora else model
 
 
-def open_reward_model(base: Path, lora: LoraConfig | None, *, seed: int) -> "PreTrainedModel":
-    """A folder's weights under a new head of one number, from the seed, in float32; with a new adapter if `lora` asks.
+def open_reward_model(
+    base: Path, lora: LoraConfig | None, *, seed: int, task: Literal["SEQ_CLS", "TOKEN_CLS"] = "SEQ_CLS"
+) -> "PreTrainedModel":
+    """A folder's weights under a new head, from the seed, in float32; with a new adapter if `lora` asks.
 
-    Raises `InputError` where the folder cannot be read, or its architecture has no such form.
+    The head gives one number for a row (`SEQ_CLS`) or two for every token, of wrong and right (`TOKEN_CLS`). Raises
+    `InputError` where the folder cannot be read, or its architecture has no such form.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
     from trl.trainer.reward_trainer import suppress_seqcls_warning  # that the head is new
 
+    kind, labels = {
+        "SEQ_CLS": (AutoModelForSequenceClassification, 1),
+        "TOKEN_CLS": (AutoModelForTokenClassification, 2),
+    }[task]
     with torch.random.fork_rng(devices=[]), suppress_seqcls_warning():
         torch.manual_seed(seed)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, dtype=torch.float32, use_safetensors=True
-            )
+            config = AutoConfig.from_pretrained(base, num_labels=labels)
+            if task == "TOKEN_CLS":
+                config.classifier_dropout = 0.0  # transformers' own default drops a tenth before the head
+            model = kind.from_pretrained(base, config=config, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{base} cannot be made a reward model: {str(error).splitlines()[0]}") from error
-    return _new_adapter(model, lora, seed, task="SEQ_CLS") if lora else model
+    return _new_adapter(model, lora, seed, task=task) if lora else model
 
 
 def open_scorer(folder: Path, lora: LoraConfig | None, *, seed: int, dtype: str) -> tuple["PreTrainedModel", "Tensor"]:

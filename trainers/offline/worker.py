@@ -15,7 +15,7 @@ from ...cluster.imports import importing
 from ...cluster.rundir import RunDir
 from ...cluster.weights import base_digest, save_adapter
 from ..adapters import export_weights, open_model, open_reward_model, random_model, save_model, save_reward_model
-from ..stages import CptStage, RewardModelStage
+from ..stages import CptStage, ProcessRewardModelStage, RewardModelStage
 from .manifests import newest_valid, step_of
 from .stage import TrainJob, not_begun, row_order
 
@@ -120,15 +120,16 @@ def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
 def _model(job: TrainJob) -> Any:
     if job.init_random:
         return random_model(job.base, seed=job.seed)
-    if isinstance(job.stage, RewardModelStage):
-        return open_reward_model(job.base, job.stage.adapter, seed=job.seed)
+    if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
+        task = "SEQ_CLS" if isinstance(job.stage, RewardModelStage) else "TOKEN_CLS"
+        return open_reward_model(job.base, job.stage.adapter, seed=job.seed, task=task)
     lora = None if isinstance(job.stage, CptStage) else job.stage.adapter
     return open_model(job.base, job.adapter, lora, seed=job.seed)
 
 
 def _write_outcome(job: TrainJob, model: Any, held_out: "pa.Table | None") -> dict[str, Any]:
     """Save what the stage made: an adapter under its digest, a model folder, or a reward model's with its measure."""
-    if isinstance(job.stage, RewardModelStage):
+    if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
         folder = save_reward_model(model, job.base, job.model_out)
         return {"reward_model": str(folder), "metrics": _measured(folder, held_out)}
     tensors, config = export_weights(model)
@@ -164,9 +165,8 @@ def _tokens_of_steps(rows: "pa.Table", order: list[int], steps: int) -> list[int
     import numpy as np
     import pyarrow.compute as pc
 
-    lengths = {n: np.asarray(pc.call_function("list_value_length", [rows[n]])) for n in rows.column_names}
-    if "input_ids" in lengths:
-        each = lengths["input_ids"]
-    else:
-        each = 2 * lengths["prompt_ids"] + lengths["chosen_ids"] + lengths["rejected_ids"]
-    return each.astype(np.int64)[order].reshape(steps, -1).sum(axis=1).tolist()
+    names = [name for name in rows.column_names if name not in ("labels", "label")]
+    lengths = {n: np.asarray(pc.call_function("list_value_length", [rows[n]])) for n in names}
+    parts = [*lengths.values(), *([lengths["prompt_ids"]] if "rejected_ids" in lengths else [])]
+    each = np.stack(parts).sum(axis=0, dtype=np.int64)
+    return each[order].reshape(steps, -1).sum(axis=1).tolist()

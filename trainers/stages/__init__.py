@@ -18,10 +18,33 @@ from .blocks import (
     Scale,
 )
 from .learners import LearnerResources
-from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
+from .offline import (
+    CptStage,
+    DistillStage,
+    DpoStage,
+    KtoStage,
+    OrpoStage,
+    ProcessRewardModelStage,
+    RewardModelStage,
+    SftStage,
+    SimpoStage,
+    TeacherConfig,
+    TrainStage,
+)
 from .online import OnlineStage
 
-StageConfig = Annotated[CptStage | SftStage | DpoStage | RewardModelStage | OnlineStage, Field(discriminator="type")]
+OfflineStage = (
+    CptStage
+    | SftStage
+    | DpoStage
+    | KtoStage
+    | OrpoStage
+    | SimpoStage
+    | DistillStage
+    | RewardModelStage
+    | ProcessRewardModelStage
+)
+StageConfig = Annotated[OfflineStage | OnlineStage, Field(discriminator="type")]
 
 __all__ = [
     "ALGORITHMS",
@@ -33,18 +56,25 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "DataFormat",
+    "DistillStage",
     "DpoStage",
     "Estimator",
     "KlConfig",
+    "KtoStage",
     "LearnerResources",
     "LoraConfig",
     "MismatchConfig",
+    "OfflineStage",
     "OnlineStage",
+    "OrpoStage",
+    "ProcessRewardModelStage",
     "Ratio",
     "RewardModelStage",
     "Scale",
     "SftStage",
+    "SimpoStage",
     "StageBase",
     "StageConfig",
+    "TeacherConfig",
     "TrainStage",
 ]

@@ -6,7 +6,9 @@ from pydantic import Field
 
 from ...cluster.config import Config, Name
 
-DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", "preference", "prompt"]
+DataFormat = Literal[
+    "auto", "text", "messages", "prompt_completion", "alpaca", "preference", "unpaired", "stepwise", "prompt"
+]
 
 
 class DataConfig(Config):

@@ -4,8 +4,28 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ...cluster.config import Resources
+from ...cluster.config import Config, Resources
 from .base import DataConfig, LoraConfig, StageBase
+
+AdapterConfig = LoraConfig
+
+PairLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+]
+"""Losses of pairs, as TRL names them."""
 
 
 class TrainStage(StageBase):
@@ -70,6 +90,96 @@ class DpoStage(TrainStage):
     adapter: LoraConfig | None = None
     learning_rate: float = Field(default=5e-6, gt=0)
     beta: float = Field(default=0.1, gt=0)
+    """How much the distance to the reference counts; of `ipo` its τ."""
+    loss: PairLoss = "sigmoid"
+    """DPO's own, hinge (SLiC 2305.10425), IPO (2310.12036), robust to flipped labels (2403.00409), EXO (2402.00856),
+    NCA (2402.05369), BCO (2404.04656), SPPO (2405.00675), AOT (2406.05882), APO (2408.06266), DiscoPOP (2406.08414), or
+    DPO's of means over tokens (`sigmoid_norm`)."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """The part of pairs whose label is taken to be flipped; `robust` and `exo_pair` need one above 0."""
+
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> "DpoStage":
+        needs = self.loss in ("robust", "exo_pair")
+        if needs and not self.label_smoothing:
+            raise ValueError(f"loss {self.loss} needs label_smoothing above 0: 0.1 for robust, 0.001 for exo_pair")
+        if self.label_smoothing and not needs and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing {self.label_smoothing:g} has no place in loss {self.loss}: leave it out")
+        if self.label_smoothing and self.loss == "sigmoid":
+            raise ValueError("label_smoothing with loss sigmoid does nothing: take loss: robust")
+        return self
+
+
+class KtoStage(TrainStage):
+    """Kahneman-Tversky optimization (2402.01306) on single answers that are wanted or not (`label`).
+
+    The reference is the policy as the stage began. Its point of comparison, a KL, is estimated over a micro-batch, from
+    each prompt with the answer of the row before: so a micro-batch has at least two rows, better more.
+    """
+
+    type: Literal["kto"] = "kto"
+    adapter: AdapterConfig | None = None
+    learning_rate: float = Field(default=5e-6, gt=0)
+    beta: float = Field(default=0.1, gt=0)
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """KTO's own, or APO-zero of single answers (2408.06266), which needs no KL."""
+    desirable_weight: float = Field(default=1.0, gt=0)
+    undesirable_weight: float = Field(default=1.0, gt=0)
+    """Where one kind of label is rarer, its weight makes up for it: weight times rows should be about even."""
+
+    @model_validator(mode="after")
+    def _compares(self) -> "KtoStage":
+        micro = self.micro_batch_size or self.batch_size // self.workers
+        if self.loss == "kto" and micro < 2:
+            raise ValueError(
+                f"micro_batch_size {micro}: kto compares the rows of a micro-batch with each other: take 2 or more"
+            )
+        return self
+
+
+class OrpoStage(TrainStage):
+    """Odds ratio preference optimization (2403.07691) on pairs: fine-tuning on the chosen answer, and its odds against
+    the rejected one, without a reference. As in the authors' code, fine-tuning counts the prompt's tokens too."""
+
+    type: Literal["orpo"] = "orpo"
+    adapter: AdapterConfig | None = None
+    learning_rate: float = Field(default=8e-6, gt=0)
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the odds beside the fine-tuning; the paper's λ."""
+
+
+class SimpoStage(TrainStage):
+    """SimPO (2405.14734) on pairs: the mean log-prob of a token is the reward, without a reference."""
+
+    type: Literal["simpo"] = "simpo"
+    adapter: AdapterConfig | None = None
+    learning_rate: float = Field(default=1e-6, gt=0)
+    beta: float = Field(default=2.0, gt=0)
+    gamma: float = Field(default=1.0, ge=0)
+    """The margin by which the chosen answer's reward should be above the rejected one's."""
+
+
+class TeacherConfig(Config):
+    """The model that a `distill` stage learns from: a folder with the student's own tokenizer."""
+
+    path: str
+
+
+class DistillStage(TrainStage):
+    """Learn a teacher's distribution over every token that the assistant says in the data's conversations.
+
+    The loss is the generalised Jensen-Shannon divergence of GKD (2306.13649), a mean over tokens. For sequence-level
+    distillation (1606.07947) an `sft` stage trains on conversations that the teacher has written.
+    """
+
+    type: Literal["distill"] = "distill"
+    adapter: AdapterConfig | None = None
+    learning_rate: float = Field(default=2e-5, gt=0)
+    teacher: TeacherConfig
+    beta: float = Field(default=0.0, ge=0, le=1)
+    """0 is the KL from teacher to student (cover all that the teacher says), 1 the reverse (keep to its mode)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of both distributions."""
 
 
 class RewardModelStage(TrainStage):
@@ -96,8 +206,33 @@ class RewardModelStage(TrainStage):
 
     @model_validator(mode="after")
     def _adapter_is_new(self) -> "RewardModelStage":
-        if self.adapter and self.adapter.path:
-            raise ValueError(
-                f"adapter.path {self.adapter.path!r}: a reward model's adapter is new, as its head is; leave path out"
-            )
+        _refuse_old_adapter(self.adapter)
         return self
+
+
+class ProcessRewardModelStage(TrainStage):
+    """A process reward model (2305.20050): whether each step of an answer is right, read off the step's last token.
+
+    Rows are `{"prompt", "completions": [step, …], "labels": [bool, …]}`. A head of two numbers is trained with
+    cross-entropy at the last token of every step, which is that of `separator`. It starts from the policy's weights and
+    leaves the policy as it is.
+    """
+
+    type: Literal["process_reward_model"] = "process_reward_model"
+    adapter: AdapterConfig | None = None
+    """Trained beside the new head, and merged at the end."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    separator: str = Field(default="\n", min_length=1)
+    """Ends every step."""
+
+    @model_validator(mode="after")
+    def _adapter_is_new(self) -> "ProcessRewardModelStage":
+        _refuse_old_adapter(self.adapter)
+        return self
+
+
+def _refuse_old_adapter(adapter: LoraConfig | None) -> None:
+    if adapter and adapter.path:
+        raise ValueError(
+            f"adapter.path {adapter.path!r}: a reward model's adapter is new, as its head is; leave path out"
+        )

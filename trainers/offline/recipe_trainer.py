@@ -1,0 +1,41 @@
+"""What every stage's trainer does the recipe's way, whichever of Hugging Face's and TRL's it is."""
+
+from typing import Any
+
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..schedule import learning_rate
+from .stage import TrainJob
+
+
+class FollowsRecipe:
+    """Put before one of their trainers: `type("SftTrainer", (FollowsRecipe, SFTTrainer), {})`."""
+
+    job: TrainJob
+
+    def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The schedule all stages share; it is a function of the step, so nothing of it needs saving."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _factor(self, step: int) -> float:
+        stage, steps = self.job.stage, self.job.steps
+        return learning_rate(stage, min(step, steps - 1), steps) / stage.learning_rate
+
+    def _send_telemetry(self) -> None:
+        """TRL would report model and machine to its makers; a run tells nobody."""
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """A checkpoint needs no README."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+        """The rows are tokens already."""
+        return dataset
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills short rows up; masks leave it out."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
