@@ -33,6 +33,8 @@ from .stage import TrainJob
 def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Trainer:
     """The trainer of a stage; checkpoints go to `scratch` first. `rows` stand in the order of the whole run."""
     tokenizer = AutoTokenizer.from_pretrained(job.base)
+    if getattr(job.stage.adapter, "quantize", None):
+        model.is_loaded_in_4bit = False  # TRL would round the adapter of a quantised base to bfloat16
     common = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
     trainer = _of_stage(job, _options(job, scratch), common)
     trainer.job = job

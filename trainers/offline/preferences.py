@@ -6,6 +6,7 @@ import torch
 
 from ..adapters import open_base
 from ..stages import DpoStage, KtoStage
+from ..stages.adapters import DoraConfig, LoraConfig, LoraPlusConfig, RsLoraConfig
 from .recipe_trainer import FollowsRecipe, pad_token
 from .stage import TrainJob
 
@@ -52,5 +53,10 @@ def kto(job: TrainJob, options: Options, common: Options) -> Any:
 
 
 def _reference(job: TrainJob) -> Any:
-    """The policy as the stage began; with an adapter TRL keeps a frozen copy of that instead of a second model."""
-    return None if getattr(job.stage, "adapter", None) or job.adapter else open_base(job.base)
+    """The policy as the stage began.
+
+    TRL keeps a frozen copy of a plain adapter beside it; of the others, which all start as the base or are measured
+    against it (virtual tokens), it is the base, a second model.
+    """
+    copied = LoraConfig | RsLoraConfig | LoraPlusConfig | DoraConfig
+    return None if job.adapter or isinstance(job.stage.adapter, copied) else open_base(job.base)

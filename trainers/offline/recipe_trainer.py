@@ -6,6 +6,7 @@ from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..schedule import learning_rate
+from .optimizers import optimizer_of
 from .stage import TrainJob
 
 
@@ -13,6 +14,12 @@ class FollowsRecipe:
     """Put before one of their trainers: `type("SftTrainer", (FollowsRecipe, SFTTrainer), {})`."""
 
     job: TrainJob
+
+    def create_optimizer(self: Any, model: Any = None) -> Any:
+        """The parametrisation's own optimizer, where it has one."""
+        if self.optimizer is None:
+            self.optimizer = optimizer_of(self.job, model or self.model)
+        return super().create_optimizer(model)  # type: ignore[misc]
 
     def create_scheduler(self: Any, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The schedule all stages share; it is a function of the step, so nothing of it needs saving."""

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...cluster.imports import importing
 from ...cluster.rundir import RunDir
-from ...cluster.weights import base_digest, save_adapter
-from ..adapters import export_weights, open_model, open_reward_model, random_model, save_model, save_reward_model
-from ..stages import CptStage, ProcessRewardModelStage, RewardModelStage
+from ...cluster.weights import base_digest
+from ..adapters import open_model, open_reward_model, random_model, save_model, save_reward_model
+from ..stages import ProcessRewardModelStage, RewardModelStage
+from ..stages.adapters import served_per_row, trains_all, virtual
+from ..trained import merge_trained, save_trained
 from .manifests import newest_valid, step_of
 from .stage import TrainJob, not_begun, row_order
 
@@ -122,9 +124,8 @@ def _model(job: TrainJob) -> Any:
         return random_model(job.base, seed=job.seed)
     if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
         task = "SEQ_CLS" if isinstance(job.stage, RewardModelStage) else "TOKEN_CLS"
-        return open_reward_model(job.base, job.stage.adapter, seed=job.seed, task=task)
-    lora = None if isinstance(job.stage, CptStage) else job.stage.adapter
-    return open_model(job.base, job.adapter, lora, seed=job.seed)
+        return open_reward_model(job.base, job.stage.adapter, seed=job.seed, task=task, steps=job.steps)
+    return open_model(job.base, job.adapter, job.stage.adapter, seed=job.seed, steps=job.steps)
 
 
 def _write_outcome(job: TrainJob, model: Any, held_out: "pa.Table | None") -> dict[str, Any]:
@@ -132,12 +133,14 @@ def _write_outcome(job: TrainJob, model: Any, held_out: "pa.Table | None") -> di
     if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
         folder = save_reward_model(model, job.base, job.model_out)
         return {"reward_model": str(folder), "metrics": _measured(folder, held_out)}
-    tensors, config = export_weights(model)
-    if not config:
+    own = job.stage.adapter
+    if trains_all(own) and not job.adapter:
         return {"base": str(save_model(model, job.base, job.model_out))}
     provenance = {"base_digest": base_digest(job.base), "stage": job.name, "steps": job.steps, "seed": job.seed}
-    _, folder = save_adapter(job.run_dir / "adapters", tensors, config, provenance)
-    return {"adapter": str(folder)}
+    folder = save_trained(model, own, job.run_dir / "adapters", provenance)
+    if own is None or served_per_row(own) or virtual(own):
+        return {"adapter": str(folder)}
+    return {"base": str(merge_trained(job.base, folder, job.model_out)), "adapter": None}
 
 
 def _measured(folder: Path, held_out: "pa.Table | None") -> dict[str, float]:

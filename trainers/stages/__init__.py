@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .adapters import AnyAdapter, LoraConfig
 from .algorithms import ALGORITHMS, Algorithm
-from .base import DataConfig, DataFormat, LoraConfig, StageBase
+from .base import DataConfig, DataFormat, StageBase
 from .blocks import (
     AdaptiveKl,
     Aggregation,
@@ -51,6 +52,7 @@ __all__ = [
     "AdaptiveKl",
     "Aggregation",
     "Algorithm",
+    "AnyAdapter",
     "ClipConfig",
     "CptStage",
     "CriticConfig",

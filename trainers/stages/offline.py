@@ -5,9 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ...cluster.config import Config, Resources
-from .base import DataConfig, LoraConfig, StageBase
-
-AdapterConfig = LoraConfig
+from .adapters import AdapterConfig, AnyAdapter, PromptTuningConfig, PTuningConfig, virtual
+from .base import DataConfig, StageBase
 
 PairLoss = Literal[
     "sigmoid",
@@ -57,21 +56,15 @@ class TrainStage(StageBase):
             )
         return self
 
-    @model_validator(mode="after")
-    def _base_is_whole(self) -> "TrainStage":
-        adapter = getattr(self, "adapter", None)
-        if adapter and adapter.quantize:
-            raise ValueError(
-                f"adapter.quantize {adapter.quantize}: stages on Ray Train compute with the base in float32; leave it "
-                "out, online stages have it"
-            )
-        return self
-
 
 class CptStage(TrainStage):
-    """Continued pre-training (or from random weights) on raw text, all parameters; every token counts."""
+    """Continued pre-training (or from random weights) on raw text; every token counts.
+
+    Without an `adapter` block of its own it trains all weights, a former adapter merged into them.
+    """
 
     type: Literal["cpt"] = "cpt"
+    adapter: AdapterConfig | None = None
     learning_rate: float = Field(default=1e-5, gt=0)
 
 
@@ -79,7 +72,7 @@ class SftStage(TrainStage):
     """Supervised fine-tuning; the loss counts the assistant's tokens only."""
 
     type: Literal["sft"] = "sft"
-    adapter: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
     learning_rate: float = Field(default=2e-4, gt=0)
 
 
@@ -87,7 +80,7 @@ class DpoStage(TrainStage):
     """Direct preference optimization (2305.18290) on pairs; the reference is the policy as the stage began."""
 
     type: Literal["dpo"] = "dpo"
-    adapter: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
     learning_rate: float = Field(default=5e-6, gt=0)
     beta: float = Field(default=0.1, gt=0)
     """How much the distance to the reference counts; of `ipo` its τ."""
@@ -147,6 +140,11 @@ class OrpoStage(TrainStage):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the odds beside the fine-tuning; the paper's λ."""
 
+    @model_validator(mode="after")
+    def _rows_keep_their_places(self) -> "OrpoStage":
+        _refuse_virtual_rows(self.type, self.adapter)
+        return self
+
 
 class SimpoStage(TrainStage):
     """SimPO (2405.14734) on pairs: the mean log-prob of a token is the reward, without a reference."""
@@ -157,6 +155,11 @@ class SimpoStage(TrainStage):
     beta: float = Field(default=2.0, gt=0)
     gamma: float = Field(default=1.0, ge=0)
     """The margin by which the chosen answer's reward should be above the rejected one's."""
+
+    @model_validator(mode="after")
+    def _rows_keep_their_places(self) -> "SimpoStage":
+        _refuse_virtual_rows(self.type, self.adapter)
+        return self
 
 
 class TeacherConfig(Config):
@@ -191,7 +194,7 @@ class RewardModelStage(TrainStage):
     """
 
     type: Literal["reward_model"] = "reward_model"
-    adapter: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
     """Trained beside the new head, and merged at the end."""
     learning_rate: float = Field(default=1e-5, gt=0)
     held_out: DataConfig | None = None
@@ -206,7 +209,7 @@ class RewardModelStage(TrainStage):
 
     @model_validator(mode="after")
     def _adapter_is_new(self) -> "RewardModelStage":
-        _refuse_old_adapter(self.adapter)
+        _refuse_what_is_no_folder(self.adapter)
         return self
 
 
@@ -227,12 +230,31 @@ class ProcessRewardModelStage(TrainStage):
 
     @model_validator(mode="after")
     def _adapter_is_new(self) -> "ProcessRewardModelStage":
-        _refuse_old_adapter(self.adapter)
+        _refuse_what_is_no_folder(self.adapter)
         return self
 
 
-def _refuse_old_adapter(adapter: LoraConfig | None) -> None:
-    if adapter and adapter.path:
+def _refuse_what_is_no_folder(adapter: AnyAdapter | None) -> None:
+    """A reward model ends as one folder, body and head together."""
+    path, quantize = getattr(adapter, "path", None), getattr(adapter, "quantize", None)
+    if path:
+        raise ValueError(f"adapter.path {path!r}: a reward model's adapter is new, as its head is; leave path out")
+    if quantize:
         raise ValueError(
-            f"adapter.path {adapter.path!r}: a reward model's adapter is new, as its head is; leave path out"
+            f"adapter.quantize {quantize}: a reward model's head and adapter belong to the base they were trained on, "
+            "and it is merged into one folder; leave it out"
+        )
+    if adapter and virtual(adapter):
+        raise ValueError(
+            f"adapter.type {adapter.type}: a reward model is merged into one folder, and virtual tokens are no change "
+            "of weights; take lora"
+        )
+
+
+def _refuse_virtual_rows(stage: str, adapter: AnyAdapter | None) -> None:
+    """TRL's experimental trainers read log-probs at a row's own positions."""
+    if isinstance(adapter, PromptTuningConfig | PTuningConfig):
+        raise ValueError(
+            f"adapter.type {adapter.type}: its virtual tokens stand before the row, and TRL's {stage} trainer reads "
+            "log-probs at the row's own positions; take prefix, or lora"
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from raylign.trainers.adapters import open_base, open_reward_model, random_model, save_model
+from raylign.trainers.adapters import open_base, open_reward_model
 from raylign.trainers.data.proof import prove_stage
 from raylign.trainers.data.template import Encoded, EncodedPair, load_tokenizer
 from raylign.trainers.offline.stage import OfflineStage, row_order
@@ -97,19 +97,13 @@ def test_orpo_is_fine_tuning_with_odds(tiny_model: Path, tmp_path: Path) -> None
     assert first_loss(stage, "preference", tiny_model, tmp_path) == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model of the same tokenizer."""
-    return save_model(random_model(tiny_model, seed=99), tiny_model, tmp_path_factory.mktemp("teacher") / "model")
-
-
 @pytest.mark.parametrize(("beta", "micro"), [(0.0, 4), (0.0, 1), (1.0, 4)])
 def test_distillation_is_the_kl_of_supervised_tokens(
-    beta: float, micro: int, teacher: Path, tiny_model: Path, tmp_path: Path
+    beta: float, micro: int, other_model: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    stage = DistillStage(**SHORT, micro_batch_size=micro, teacher=TeacherConfig(path=str(teacher)), beta=beta)
+    stage = DistillStage(**SHORT, micro_batch_size=micro, teacher=TeacherConfig(path=str(other_model)), beta=beta)
     encoded = prove_stage(stage, rows("messages"), load_tokenizer(tiny_model)).require()
-    student, teaches, found = open_base(tiny_model), open_base(teacher), []
+    student, teaches, found = open_base(tiny_model), open_base(other_model), []
     for i in row_order(5, len(encoded), 4, 1):
         ids, labels = torch.tensor([encoded[i].input_ids]), torch.tensor(encoded[i].labels)  # type: ignore[union-attr]
         with torch.no_grad():
@@ -117,7 +111,7 @@ def test_distillation_is_the_kl_of_supervised_tokens(
         first, second = (p, q) if beta == 0 else (q, p)
         found.append((first.exp() * (first - second)).sum(-1))
     expected = float(torch.cat(found).mean())
-    assert first_loss(stage, "messages", tiny_model, tmp_path, teacher=teacher) == pytest.approx(expected, abs=1e-5)
+    assert first_loss(stage, "messages", tiny_model, tmp_path, teacher=other_model) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_process_reward_model_is_trained_at_the_ends_of_steps(tiny_model: Path, tmp_path: Path) -> None:
