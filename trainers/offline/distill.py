@@ -11,6 +11,7 @@ import torch
 from ..adapters import open_base
 from ..data.template import IGNORED
 from ..stages import DistillStage
+from .collators import collator
 from .recipe_trainer import FollowsRecipe
 from .stage import TrainJob
 
@@ -26,7 +27,7 @@ def distill(job: TrainJob, options: Options, common: Options) -> Any:
     assert job.teacher is not None
     kind = type("DistillTrainer", (_LearnsFromTeacher, FollowsRecipe, SFTTrainer), {})
     args = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **options)
-    trainer = kind(args=args, **common)
+    trainer = kind(args=args, data_collator=collator(job, common), **common)
     teacher: Any = open_base(job.teacher).eval().requires_grad_(False)
     trainer.teacher = teacher.to(args.device)
     return trainer
@@ -42,7 +43,7 @@ class _LearnsFromTeacher:
         self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         mask_BT = inputs["labels"][:, 1:] != IGNORED
-        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with torch.no_grad():
             taught = self.teacher(**given, use_cache=False).logits[:, :-1][mask_BT]
         outputs = model(**given, use_cache=False)

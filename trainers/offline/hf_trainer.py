@@ -22,11 +22,14 @@ from ..stages import (
     SftStage,
     SimpoStage,
 )
+from ..stages.adapters import AdaLoraConfig
+from .collators import collator
 from .distill import distill
+from .peft_state import RankBudget
 from .preferences import dpo, kto
 from .recipe_trainer import FollowsRecipe
 from .reference_free import orpo, simpo
-from .reward_models import padded_rows, process_reward_model, reward_model
+from .reward_models import process_reward_model, reward_model
 from .stage import TrainJob
 
 
@@ -38,6 +41,8 @@ def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Tra
     common = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
     trainer = _of_stage(job, _options(job, scratch), common)
     trainer.job = job
+    if isinstance(job.stage.adapter, AdaLoraConfig):
+        trainer.add_callback(RankBudget(trainer.model))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -45,9 +50,9 @@ def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Tra
 def _of_stage(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
     match job.stage:
         case CptStage():
-            return _cpt(options, common)
+            return _cpt(job, options, common)
         case SftStage():
-            return _sft(options, common)
+            return _sft(job, options, common)
         case DistillStage():
             return distill(job, options, common)
         case DpoStage():
@@ -64,17 +69,18 @@ def _of_stage(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) ->
             return process_reward_model(options, common)
 
 
-def _cpt(options: dict[str, Any], common: dict[str, Any]) -> Any:
+def _cpt(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
     kind = type("CptTrainer", (FollowsRecipe, Trainer), {})
-    return kind(args=TrainingArguments(**options), data_collator=padded_rows(common["processing_class"]), **common)
+    return kind(args=TrainingArguments(**options), data_collator=collator(job, common), **common)
 
 
-def _sft(options: dict[str, Any], common: dict[str, Any]) -> Any:
+def _sft(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     kind = type("SftTrainer", (FollowsRecipe, SFTTrainer), {})
-    return kind(args=SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **options), **common)
+    args = SFTConfig(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **options)
+    return kind(args=args, data_collator=collator(job, common), **common)
 
 
 def _options(job: TrainJob, scratch: Path) -> dict[str, Any]:
@@ -99,7 +105,7 @@ def _options(job: TrainJob, scratch: Path) -> dict[str, Any]:
         "save_strategy": "steps",
         "save_steps": stage.checkpoint_every or math.ceil(job.steps / 10),
         "bf16": False,
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": stage.activation_checkpointing,
         "use_cpu": stage.resources.gpus == 0,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": False,

@@ -1,5 +1,6 @@
 """What every stage's trainer does the recipe's way, whichever of Hugging Face's and TRL's it is."""
 
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -7,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..schedule import learning_rate
 from .optimizers import optimizer_of
+from .peft_state import load_state, needs_more, save_state
 from .stage import TrainJob
 
 
@@ -31,6 +33,17 @@ class FollowsRecipe:
     def _factor(self, step: int) -> float:
         stage, steps = self.job.stage, self.job.steps
         return learning_rate(stage, min(step, steps - 1), steps) / stage.learning_rate
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        if needs_more(self.job) and self.is_world_process_zero():
+            save_state(self.model, Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        if needs_more(self.job):
+            load_state(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """TRL would report model and machine to its makers; a run tells nobody."""

@@ -75,7 +75,7 @@ def _train(
 
     order = row_order(job.seed, rows.num_rows, job.stage.batch_size, job.steps)
     trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)
-    progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps))
+    progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps), order)
     trainer.add_callback(progress)
     if _stop_asked(job, run, rank):
         return not_begun(job, at)

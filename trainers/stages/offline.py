@@ -38,6 +38,8 @@ class TrainStage(StageBase):
     """Rows with more tokens are refused, never cut silently, unless `truncate` is set."""
     truncate: bool = False
     resources: Resources = Resources()
+    activation_checkpointing: bool = False
+    """Keep a layer's input alone and compute the layer again in the backward: a third more work for less memory."""
     max_failures: int = Field(default=2, ge=0)
     """How often Ray Train restarts the workers from the last checkpoint after one died."""
 
@@ -57,7 +59,26 @@ class TrainStage(StageBase):
         return self
 
 
-class CptStage(TrainStage):
+class PackedStage(TrainStage):
+    """What the stages on single rows of tokens share."""
+
+    packing: bool = False
+    """Lay the rows of a micro-batch side by side instead of filling them up to the longest. No token sees another row,
+    so loss and gradients are the same; the work is that of the tokens there are. On a CPU attention still computes the
+    blocks between rows, so it pays where rows differ in length and are short beside the model's width."""
+
+    @model_validator(mode="after")
+    def _packs_rows_alone(self) -> "PackedStage":
+        adapter: AnyAdapter | None = getattr(self, "adapter", None)
+        if self.packing and virtual(adapter):
+            raise ValueError(
+                f"packing with adapter.type {adapter.type}: virtual tokens stand once before a forward, so only the "  # type: ignore[union-attr]
+                "first row would see them; leave packing out"
+            )
+        return self
+
+
+class CptStage(PackedStage):
     """Continued pre-training (or from random weights) on raw text; every token counts.
 
     Without an `adapter` block of its own it trains all weights, a former adapter merged into them.
@@ -68,7 +89,7 @@ class CptStage(TrainStage):
     learning_rate: float = Field(default=1e-5, gt=0)
 
 
-class SftStage(TrainStage):
+class SftStage(PackedStage):
     """Supervised fine-tuning; the loss counts the assistant's tokens only."""
 
     type: Literal["sft"] = "sft"
@@ -168,7 +189,7 @@ class TeacherConfig(Config):
     path: str
 
 
-class DistillStage(TrainStage):
+class DistillStage(PackedStage):
     """Learn a teacher's distribution over every token that the assistant says in the data's conversations.
 
     The loss is the generalised Jensen-Shannon divergence of GKD (2306.13649), a mean over tokens. For sequence-level
