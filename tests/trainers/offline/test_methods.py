@@ -1,6 +1,8 @@
 """The losses of the offline methods against values worked by hand, each through the trainer that a worker makes."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from raylign.cluster.errors import InputError
 from raylign.trainers.adapters import open_base, open_reward_model
+from raylign.trainers.config import RunConfig
+from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.data.proof import prove_stage
+from raylign.trainers.data.rows import load_rows
 from raylign.trainers.data.template import Encoded, EncodedPair, load_tokenizer
 from raylign.trainers.offline.stage import OfflineStage, row_order
 from raylign.trainers.stages import (
@@ -23,7 +29,7 @@ from raylign.trainers.stages import (
     TeacherConfig,
 )
 
-from .worked import job, losses, rows, trainer_of
+from .worked import job, losses, question, rows, said, trainer_of
 
 SHORT = {"data": DataConfig(path="x"), "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
 
@@ -112,6 +118,41 @@ def test_distillation_is_the_kl_of_supervised_tokens(
         found.append((first.exp() * (first - second)).sum(-1))
     expected = float(torch.cat(found).mean())
     assert first_loss(stage, "messages", tiny_model, tmp_path, teacher=other_model) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows("messages")[0]) + "\n")
+    shutil.copytree(tiny_model, tmp_path / "teacher")
+    tokens = tmp_path / "teacher/tokenizer.json"
+    tokens.write_text(tokens.read_text().replace("<|im_end|>", "<|end|>"))
+    stage = {"type": "distill", "data": {"path": str(tmp_path / "rows.jsonl")}}
+
+    def read(teacher: Path) -> None:
+        stages = [stage | {"teacher": {"path": str(teacher)}}]
+        config = RunConfig.model_validate({"name": "x", "model": {"path": str(tiny_model)}, "stages": stages})
+        read_inputs(config, tmp_path)
+
+    read(tiny_model)
+    with pytest.raises(InputError, match=r"stages\.0\.teacher\.path: .* has another tokenizer than the student"):
+        read(tmp_path / "teacher")
+    with pytest.raises(InputError, match=r"no model folder at .*teachr: did you mean teacher\?"):
+        read(tmp_path / "teachr")
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": question(1) + said("2"), "label": 1}, r"row 1: label is 1: it must be true \(wanted\) or false"),
+        ({"prompt": "a", "completions": ["b", "c"], "labels": [True]}, "2 steps and 1 labels: every step needs one"),
+        ({"prompt": "a", "completions": ["b", " "], "labels": [True, True]}, "a step each, none of them empty"),
+        ({"prompt": "a", "completions": ["b"], "labels": ["+"]}, "labels must be a list of true and false"),
+    ],
+)
+def test_rows_without_a_usable_label_are_refused(row: dict[str, Any], says: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    kind = "unpaired" if "label" in row else "stepwise"
+    with pytest.raises(InputError, match=says):
+        load_rows(DataConfig(path="rows.jsonl"), tmp_path / "rows.jsonl", kind)
 
 
 def test_a_process_reward_model_is_trained_at_the_ends_of_steps(tiny_model: Path, tmp_path: Path) -> None:

@@ -165,6 +165,24 @@ def test_pissa_leaves_a_lora_of_twice_the_rank_that_engines_read(tiny_model: Pat
     assert np.allclose(logits(goes_on), logits(trainer.model), atol=2e-4)
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+def test_a_whole_head_beside_an_adapter_trains_and_leaves_its_embedding(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The tiny model's head is its embedding: trained beside it, it is another, in the merged folder too."""
+    given = {"type": method, "data": {"path": "x"}, "steps": 2, "batch_size": 4, "warmup_steps": 0}
+    adapter = {"r": 2, "modules_to_save": ["lm_head"]}
+    stage = TypeAdapter(OfflineStage).validate_python(given | {"learning_rate": 1e-2, "adapter": adapter})
+    made = job(stage, tiny_model, tmp_path)
+    trainer = trainer_of(made, rows(kind_of_stage(stage), 4), tmp_path / "scratch")
+    trainer.train()
+    merged = open_base(Path(_write_outcome(made, trainer.model, None)["base"]))
+    assert np.allclose(logits(merged), logits(trainer.model), atol=2e-4)
+    before = open_base(tiny_model).get_input_embeddings().weight
+    assert torch.equal(merged.get_input_embeddings().weight, before)
+    assert not torch.equal(merged.get_output_embeddings().weight, before)
+
+
 def test_lora_plus_learns_b_faster(tiny_model: Path, tmp_path: Path) -> None:
     made = job(stage_of("sft", "lora_plus"), tiny_model, tmp_path)
     trainer = trainer_of(made, rows("messages", 4), tmp_path / "scratch")
