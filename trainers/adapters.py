@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..cluster.errors import InputError
 from ..cluster.imports import importing
 from ..cluster.weights import Tensors, base_digest, load_adapter
+from .parametrisations import peft_config
 from .quantized import open_nf4
-from .stages import LoraConfig
+from .stages.adapters import AnyAdapter, LoraConfig, PissaConfig, trains_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,37 +27,55 @@ _PREFIX = "base_model.model."
 
 
 def open_model(
-    base: Path, adapter: Path | None, lora: LoraConfig | None, *, seed: int, dtype: str = "float32"
+    base: Path, adapter: Path | None, own: AnyAdapter | None, *, seed: int, dtype: str = "float32", steps: int = 1
 ) -> "PreTrainedModel":
-    """A base with a trainable adapter: the folder's if one is given, else a new one as `lora` says, from the seed.
+    """A base with a trainable adapter: the folder's if one is given, else a new one as `own` says, from the seed.
 
-    Without either all parameters train. Raises `InputError` where base or adapter cannot be read or do not fit.
+    Without either, or where `own` says so, all parameters train. `steps` are those of the stage, over which AdaLoRA
+    shrinks ranks. Raises `InputError` where base or adapter cannot be read or do not fit.
     """
-    model = open_base(base, dtype=dtype, quantize=lora.quantize if lora else None)
+    model = open_base(base, dtype=dtype, quantize=getattr(own, "quantize", None))
     if adapter:
         check_adapter(adapter, base)
         return _attach(model, adapter)
-    return _new_adapter(model, lora, seed) if lora else model
+    if own is None or trains_all(own):
+        return model
+    return _new_adapter(model, own, seed, steps=steps, tokenizer=base)
 
 
-def open_reward_model(base: Path, lora: LoraConfig | None, *, seed: int) -> "PreTrainedModel":
-    """A folder's weights under a new head of one number, from the seed, in float32; with a new adapter if `lora` asks.
+def open_reward_model(
+    base: Path,
+    own: AnyAdapter | None,
+    *,
+    seed: int,
+    task: Literal["SEQ_CLS", "TOKEN_CLS"] = "SEQ_CLS",
+    steps: int = 1,
+) -> "PreTrainedModel":
+    """A folder's weights under a new head, from the seed, in float32; with a new adapter if `own` asks.
 
-    Raises `InputError` where the folder cannot be read, or its architecture has no such form.
+    The head gives one number for a row (`SEQ_CLS`) or two for every token, of wrong and right (`TOKEN_CLS`). Raises
+    `InputError` where the folder cannot be read, or its architecture has no such form.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoModelForTokenClassification
     from trl.trainer.reward_trainer import suppress_seqcls_warning  # that the head is new
 
+    kind, labels = {
+        "SEQ_CLS": (AutoModelForSequenceClassification, 1),
+        "TOKEN_CLS": (AutoModelForTokenClassification, 2),
+    }[task]
     with torch.random.fork_rng(devices=[]), suppress_seqcls_warning():
         torch.manual_seed(seed)
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, dtype=torch.float32, use_safetensors=True
-            )
+            config = AutoConfig.from_pretrained(base, num_labels=labels)
+            if task == "TOKEN_CLS":
+                config.classifier_dropout = 0.0  # transformers' own default drops a tenth before the head
+            model = kind.from_pretrained(base, config=config, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{base} cannot be made a reward model: {str(error).splitlines()[0]}") from error
-    return _new_adapter(model, lora, seed, task="SEQ_CLS") if lora else model
+    if own is None or trains_all(own):
+        return model
+    return _new_adapter(model, own, seed, task=task, steps=steps, tokenizer=base)
 
 
 def open_scorer(folder: Path, lora: LoraConfig | None, *, seed: int, dtype: str) -> tuple["PreTrainedModel", "Tensor"]:
@@ -113,27 +132,24 @@ def random_model(base: Path, *, seed: int) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _new_adapter(model: "PreTrainedModel", lora: LoraConfig, seed: int, *, task: str = "CAUSAL_LM") -> Any:
+def _new_adapter(
+    model: "PreTrainedModel", own: AnyAdapter, seed: int, *, steps: int, tokenizer: Path, task: str = "CAUSAL_LM"
+) -> Any:
     import torch
 
     with importing():
-        from peft import LoraConfig as PeftLora
         from peft import get_peft_model
 
-    alpha = lora.alpha or 2 * lora.r
-    config = PeftLora(
-        r=lora.r,
-        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-        task_type=task,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            made: Any = get_peft_model(model, peft_config(own, task, steps=steps, tokenizer=str(tokenizer)))
         except ValueError as error:
-            raise InputError(f"adapter.targets {lora.targets}: {str(error).splitlines()[0]}") from error
+            where = f"adapter.targets {own.targets}" if isinstance(own, LoraConfig) else f"adapter {own.type}"
+            raise InputError(f"{where}: {str(error).splitlines()[0]}") from error
+    if isinstance(own, PissaConfig):
+        made.pissa_start = export_weights(made)[0]  # what has left the base
+    return made
 
 
 def _attach(model: "PreTrainedModel", folder: Path) -> Any:

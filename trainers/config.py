@@ -10,6 +10,7 @@ from ..cluster.config import ClusterConfig, Config, ControllerConfig, Name
 from ..rollout.config import ModelReward, RewardModelSource, TextRewardConfig
 from ..serve.config import ServeConfig
 from .stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
+from .stages.adapters import trains_all, virtual
 
 
 class ModelConfig(Config):
@@ -102,8 +103,8 @@ class RunConfig(Config):
             )
         if self.evaluation and not self.serve:
             raise ValueError("evaluation asks the served models: add a serve section with an alias")
-        if self.model.init == "random" and self.stages[0].type != "cpt":
-            raise ValueError("model.init is random: the first stage must be cpt, which trains all weights")
+        if self.model.init == "random" and not (self.stages[0].type == "cpt" and trains_all(self.stages[0].adapter)):
+            raise ValueError("model.init is random: the first stage must be cpt without an adapter, all weights train")
         paths = [self.model.path, *(s.data.path for s in self.stages)]
         paths += [self.evaluation.data.path] if self.evaluation else []
         paths += [s.held_out.path for s in self.stages if isinstance(s, RewardModelStage | OnlineStage) and s.held_out]
@@ -111,12 +112,24 @@ class RunConfig(Config):
         if not self.prepare and any(p.startswith("prepared://") for p in paths):
             raise ValueError("a path begins with prepared:// but there is no prepare section to write it")
         for index, stage in enumerate(self.stages[1:], 1):
-            adapter = getattr(stage, "adapter", None)
-            if adapter and adapter.path:
+            path = getattr(stage.adapter, "path", None)
+            if path:
                 raise ValueError(
-                    f"stages.{index}.adapter.path {adapter.path!r}: the stages before it change the model that the "
+                    f"stages.{index}.adapter.path {path!r}: the stages before it change the model that the "
                     "adapter was made for; give it in the first stage"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _virtual_tokens_come_last(self) -> "RunConfig":
+        for index, stage in enumerate(self.stages):
+            if not virtual(stage.adapter) or (index == len(self.stages) - 1 and not self.serve):
+                continue
+            what = "a later stage cannot train on from it" if index < len(self.stages) - 1 else "it cannot be served"
+            raise ValueError(
+                f"stages.{index}.adapter.type {stage.adapter.type}: virtual tokens are no low-rank change of weights, "  # type: ignore[union-attr]
+                f"so {what}: take lora, or make it the last stage of a recipe without serve, for PEFT to load"
+            )
         return self
 
     def _reward_models(self) -> Iterator[tuple[int, str, RewardModelSource]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..cluster.rundir import RunDir
 from .adapters import check_adapter, merge_adapter
 from .config import stage_name
-from .stages import CptStage, RewardModelStage, StageConfig
+from .stages import CptStage, LoraConfig, ProcessRewardModelStage, RewardModelStage, StageConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,15 @@ def starting_model(stage: StageConfig, index: int, model: ModelState, run: RunDi
     """The model a stage trains, given what the stage before left.
 
     A stage without an adapter block goes on training the adapter it gets. One with a block, `cpt`, which trains all
-    weights, and `reward_model`, which has another head, start from the former adapter merged into a new base (in
+    weights, and reward models, which have another head, start from the former adapter merged into a new base (in
     float32, written once), and with the block's own `path` if it has one. Raises `InputError` where an adapter does not
     fit its base.
     """
-    own = None if isinstance(stage, CptStage) else stage.adapter
-    if model.adapter and (own or isinstance(stage, CptStage | RewardModelStage)):
+    own = stage.adapter
+    if model.adapter and (own or isinstance(stage, CptStage | RewardModelStage | ProcessRewardModelStage)):
         merged = run / "models" / f"{index}-{stage_name(stage)}-base"
         model = ModelState(merged if merged.exists() else merge_adapter(model.base, model.adapter, merged))
-    if own and own.path:
+    if isinstance(own, LoraConfig) and own.path:
         model = ModelState(model.base, Path(own.path))
     if model.adapter:
         check_adapter(model.adapter, model.base)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from raylign.cluster.rundir import RunDir
-from raylign.cluster.weights import load_adapter
+from raylign.cluster.weights import base_digest, load_adapter
 from raylign.rollout.config import MathReward
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.functions import load_named
@@ -134,28 +134,53 @@ def test_the_gsm8k_reward_reads_the_real_answers(shared_data: Path) -> None:
     assert [s.reward for s in scored.samples] == [1.0, 0.0, 0.0, 0.0]
 
 
+def run_offline(recipe: str, rows: list[Any], model: Path, root: Path, *more: str) -> tuple[RunDir, dict[str, Any]]:
+    """A shipped recipe of one offline stage, two steps long, on a few rows."""
+    (root / "rows.json").write_text(json.dumps(rows))
+    small = {"steps": 2, "workers": 1, "batch_size": 4, "micro_batch_size": 2}
+    places = [f"model.path={model}", f"stages.0.data.path={root / 'rows.json'}", "serve=null"]
+    done, summary = run(
+        f"{recipe}.yaml", root, *places, *(f"stages.0.{key}={value}" for key, value in small.items()), *more
+    )
+    assert summary["status"] == "succeeded"
+    assert [s["steps"] for s in summary["stages"]] == [2]
+    assert np.isfinite([m["loss"] for m in done.all_metrics()]).all()
+    return done, summary
+
+
 @pytest.mark.parametrize(
     ("recipe", "file"),
-    [("alpaca-sft", "sft/alpaca_en_demo.json"), ("dpo", "preference/dpo_en_demo.json")],
+    [
+        ("alpaca-sft", "sft/alpaca_en_demo.json"),
+        ("dpo", "preference/dpo_en_demo.json"),
+        ("kto", "preference/kto_en_demo.json"),
+        ("orpo", "preference/dpo_en_demo.json"),
+        ("simpo", "preference/dpo_en_demo.json"),
+        ("distill", "sft/alpaca_en_demo.json"),
+    ],
 )
 def test_an_offline_recipe_trains_on_real_rows(
     recipe: str, file: str, shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
 ) -> None:
     short = sorted(json.loads((shared_data / file).read_text()), key=lambda row: len(json.dumps(row)))[:8]
-    (tmp_path / "rows.json").write_text(json.dumps(short))  # a byte is a token here: others would take minutes
-    done, summary = run(
-        f"{recipe}.yaml",
-        tmp_path,
-        f"model.path={tiny_model}",
-        f"stages.0.data.path={tmp_path / 'rows.json'}",
-        "stages.0.steps=2",
-        "stages.0.workers=1",
-        "stages.0.batch_size=4",
-        "stages.0.micro_batch_size=2",
-        "serve=null",
-    )
-    assert summary["status"] == "succeeded"
-    assert [s["steps"] for s in summary["stages"]] == [2]
-    assert np.isfinite([m["loss"] for m in done.all_metrics()]).all()
+    teacher = [f"stages.0.teacher.path={tiny_model}"] if recipe == "distill" else []  # a byte is a token here
+    done, summary = run_offline(recipe, short, tiny_model, tmp_path, *teacher)
     tensors, _ = load_adapter(done / "adapters" / summary["weights"]["digest"])
-    assert any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    moved = any(np.abs(tensor).max() > 0 for name, tensor in tensors.items() if "lora_B" in name)
+    assert moved or recipe == "distill", "a teacher that is the student teaches nothing"
+
+
+def test_a_process_reward_recipe_trains_on_the_steps_of_real_solutions(
+    shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
+) -> None:
+    """GSM8K's solutions have a step a line; every second one is made wrong at its last step."""
+    lines = [json.loads(line) for line in (shared_data / "gsm8k/train.jsonl").open()]
+    rows = []
+    for n, line in enumerate(sorted(lines, key=lambda line: len(line["question"] + line["answer"]))[:8]):
+        steps = line["answer"].splitlines()[:-1]
+        labels = [True] * (len(steps) - 1) + [n % 2 == 0]
+        rows.append({"prompt": line["question"], "completions": steps, "labels": labels})
+    done, summary = run_offline("process-reward", rows, tiny_model, tmp_path)
+    config = json.loads((done / "models/0-process_reward_model/config.json").read_text())
+    assert config["architectures"] == ["LlamaForTokenClassification"]
+    assert summary["weights"]["digest"] == base_digest(done / "models/0-process_reward_model")

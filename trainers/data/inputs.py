@@ -21,7 +21,7 @@ from ...serve.config import ServeConfig
 from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from ..recipe import resolve_prepared
-from ..stages import DataConfig, OnlineStage, RewardModelStage, StageConfig
+from ..stages import DataConfig, DistillStage, LoraConfig, OnlineStage, RewardModelStage, StageConfig
 from .proof import Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage, load_rows
 from .template import Tokenizer, load_tokenizer, stop_tokens
@@ -55,6 +55,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     _check_rewards(config, run, model, tokenizer)
     _check_critics(config, run, model, tokenizer)
     _check_interpreters(config)
+    _check_teachers(config, run, tokenizer)
     stages = []
     for stage in config.stages:
         say(f"{stage_name(stage)}: reading {stage.data.path}")
@@ -113,8 +114,8 @@ def _nearest(path: Path) -> str:
 
 def _check_adapter(config: RunConfig, model: Path) -> None:
     """The adapter a recipe starts from is for this model; a recipe may name one in its first stage only."""
-    lora = getattr(config.stages[0], "adapter", None)
-    if lora is None or lora.path is None:
+    lora = config.stages[0].adapter
+    if not isinstance(lora, LoraConfig) or lora.path is None:
         return
     folder, where = Path(lora.path), "stages.0.adapter.path"
     if not folder.is_dir():
@@ -199,6 +200,21 @@ def _check_critics(config: RunConfig, run: Path, model: Path, tokenizer: Tokeniz
             folder, where = resolve_prepared(stage.critic.path, run), f"stages.{index}.critic.path"
             check_reward_model(folder, model, tokenizer, where)
             check_same_body(folder, model, where)
+
+
+def _check_teachers(config: RunConfig, run: Path, tokenizer: Tokenizer) -> None:
+    """A teacher's folder is there, and its tokens are the student's: their distributions are compared by number."""
+    for index, stage in enumerate(config.stages):
+        if not isinstance(stage, DistillStage):
+            continue
+        where, folder = f"stages.{index}.teacher.path", resolve_prepared(stage.teacher.path, run)
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{where}: no model folder at {folder}{_nearest(folder)}")
+        if load_tokenizer(folder, chat=False).get_vocab() != tokenizer.get_vocab():
+            raise InputError(
+                f"{where}: {folder} has another tokenizer than the student: take a teacher of the same family, or let "
+                "it write answers and train on them with an sft stage"
+            )
 
 
 def _check_interpreters(config: RunConfig) -> None:

@@ -8,16 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from ...cluster.errors import InputError
 from ..config import stage_name
-from ..stages import CptStage, DpoStage, OnlineStage, RewardModelStage, SftStage, StageConfig
+from ..stages import (
+    CptStage,
+    DistillStage,
+    DpoStage,
+    KtoStage,
+    OnlineStage,
+    OrpoStage,
+    ProcessRewardModelStage,
+    RewardModelStage,
+    SftStage,
+    SimpoStage,
+    StageConfig,
+)
 from .rows import Row
 from .template import (
     IGNORED,
     Encoded,
+    EncodedAnswer,
     EncodedPair,
     Tokenizer,
+    encode_answer,
     encode_conversation,
     encode_pair,
     encode_prompt,
+    encode_steps,
     encode_text,
     stop_tokens,
 )
@@ -25,7 +40,7 @@ from .template import (
 if TYPE_CHECKING:
     from rich.text import Text
 
-EncodedRow = Encoded | EncodedPair
+EncodedRow = Encoded | EncodedPair | EncodedAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +118,22 @@ def prove_stage(
 
 def _encode(
     stage: StageConfig, row: Row, tokenizer: Tokenizer, stops: frozenset[int], tools: Sequence[dict[str, Any]]
-) -> Encoded | EncodedPair:
+) -> EncodedRow:
     match stage:
         case CptStage():
             return encode_text(tokenizer, row["text"], stage.max_length, truncate=stage.truncate)
-        case SftStage():
+        case SftStage() | DistillStage():
             limit, cut = stage.max_length, stage.truncate
             return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops)
-        case DpoStage() | RewardModelStage():
+        case DpoStage() | OrpoStage() | SimpoStage() | RewardModelStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)
+        case KtoStage():
+            answer = (row["prompt"], row["completion"], row["label"])
+            return encode_answer(tokenizer, *answer, stage.max_length, truncate=stage.truncate, stops=stops)
+        case ProcessRewardModelStage():
+            steps, cut = (row["prompt"], row["completions"], row["labels"]), stage.truncate
+            return encode_steps(tokenizer, *steps, stage.max_length, separator=stage.separator, truncate=cut)
         case OnlineStage() if stage.demonstrations:
             return _encode_demonstration(stage, row, tokenizer, stops)
         case OnlineStage():
@@ -147,6 +168,9 @@ def _lengths(encoded: EncodedRow) -> tuple[int, int, int]:
     """Tokens a step reads, tokens it is trained on, and the longest sequence of one row."""
     if isinstance(encoded, Encoded):
         return len(encoded.input_ids), encoded.supervised, len(encoded.input_ids)
+    if isinstance(encoded, EncodedAnswer):
+        tokens = len(encoded.prompt_ids) + len(encoded.completion_ids)
+        return tokens, len(encoded.completion_ids), tokens
     prompt, chosen, rejected = len(encoded.prompt_ids), len(encoded.chosen_ids), len(encoded.rejected_ids)
     return 2 * prompt + chosen + rejected, chosen + rejected, prompt + max(chosen, rejected)
 
@@ -164,6 +188,11 @@ def render_mask(encoded: EncodedRow, tokenizer: Tokenizer) -> "Text":
     if isinstance(encoded, Encoded):
         return _coloured(encoded.input_ids, encoded.labels, tokenizer)
     text = Text()
+    if isinstance(encoded, EncodedAnswer):
+        text.append("wanted: " if encoded.label else "not wanted: ", "bold")
+        ids = [*encoded.prompt_ids, *encoded.completion_ids]
+        labels = [IGNORED] * len(encoded.prompt_ids) + encoded.completion_ids
+        return text.append_text(_coloured(ids, labels, tokenizer))
     for name, answer in (("chosen", encoded.chosen_ids), ("rejected", encoded.rejected_ids)):
         text.append(f"{name}: ", "bold")
         ids = [*encoded.prompt_ids, *answer]

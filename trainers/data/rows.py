@@ -1,8 +1,10 @@
 """Rows of a data file in the one form each kind of training reads.
 
     text        {"text": str}                                       cpt
-    messages    {"messages": [message, …]}                          sft
-    preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo, reward_model
+    messages    {"messages": [message, …]}                          sft, distill
+    preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo, orpo, simpo, reward_model
+    unpaired    {"prompt": [message, …], "completion": [message], "label": bool}   kto
+    stepwise    {"prompt": [message, …], "completions": [str, …], "labels": [bool, …]}   process_reward_model
     prompt      {"prompt": [message, …], **the file's other columns}       grpo, evaluation
     demonstration   the same with "completion": [message]                  spin, from files of messages
 
@@ -23,7 +25,7 @@ from ..stages import DataConfig, OnlineStage, StageConfig
 
 Row = dict[str, Any]
 Message = dict[str, str]
-Kind = Literal["text", "messages", "preference", "prompt", "demonstration"]
+Kind = Literal["text", "messages", "preference", "unpaired", "stepwise", "prompt", "demonstration"]
 
 ROLES = {
     "system": "system",
@@ -39,18 +41,27 @@ _KIND_OF_FORMAT: dict[str, Kind] = {
     "prompt_completion": "messages",
     "alpaca": "messages",
     "preference": "preference",
+    "unpaired": "unpaired",
+    "stepwise": "stepwise",
     "prompt": "prompt",
 }
 _KIND_OF_STAGE: dict[str, Kind] = {
     "cpt": "text",
     "sft": "messages",
+    "distill": "messages",
     "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
+    "kto": "unpaired",
     "reward_model": "preference",
+    "process_reward_model": "stepwise",
 }
 _NEEDS = {
     "text": "a `text` column",
     "messages": "`messages` (or `conversations`, `instruction` and `output`, `prompt` and `completion`)",
     "preference": "`chosen` and `rejected` (with `prompt` or `conversations`)",
+    "unpaired": "`label` beside `messages`, or beside `prompt` and `completion`",
+    "stepwise": "`prompt`, `completions` and `labels`",
     "prompt": "a `prompt` column",
 }
 
@@ -186,6 +197,9 @@ def _detect(row: Row, path: Path, kind: Kind | None) -> str:
     if kind == "prompt" and "prompt" in have:
         return "prompt"
     candidates = (
+        ("unpaired", {"messages", "label"}),
+        ("unpaired", {"prompt", "completion", "label"}),
+        ("stepwise", {"prompt", "completions", "labels"}),
         ("preference", {"chosen", "rejected"}),
         ("messages", {"messages"}),
         ("messages", {"conversations"}),
@@ -324,6 +338,25 @@ def _preference(row: Row) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _unpaired(row: Row) -> Row:
+    label = _column(row, "label")
+    if not isinstance(label, bool):
+        raise _Bad(f"label is {label!r}: it must be true (wanted) or false")
+    convert = _prompt_completion if "prompt" in row and "completion" in row else _conversation
+    return _demonstration(convert, row) | {"label": label}
+
+
+def _stepwise(row: Row) -> Row:
+    steps, labels = _column(row, "completions"), _column(row, "labels")
+    if not (isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)):
+        raise _Bad("completions must be a list of texts, a step each, none of them empty")
+    if not (isinstance(labels, list) and all(isinstance(label, bool) for label in labels)):
+        raise _Bad("labels must be a list of true and false")
+    if len(labels) != len(steps):
+        raise _Bad(f"{len(steps)} steps and {len(labels)} labels: every step needs one")
+    return {"prompt": _turns(_column(row, "prompt"), "prompt", "user"), "completions": steps, "labels": labels}
+
+
 def _common(a: list[Message], b: list[Message]) -> Iterator[Message]:
     """The messages both begin with, the answer at the end left out."""
     for x, y in zip(a[:-1], b[:-1], strict=False):
@@ -342,5 +375,7 @@ _CONVERT: dict[str, Callable[[Row], Row]] = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
     "preference": _preference,
+    "unpaired": _unpaired,
+    "stepwise": _stepwise,
     "prompt": _prompt,
 }

@@ -42,6 +42,8 @@ class Tokenizer(Protocol):
 
     def get_chat_template(self) -> str: ...
 
+    def get_vocab(self) -> dict[str, int]: ...
+
     def decode(self, token_ids: list[int]) -> str: ...
 
     def save_pretrained(self, save_directory: Path) -> Any: ...
@@ -70,6 +72,16 @@ class EncodedPair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    cut: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedAnswer:
+    """One answer and whether it is wanted: the tokens of its prompt and its own, stop token included."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    label: bool
     cut: bool = False
 
 
@@ -154,14 +166,11 @@ def encode_pair(
     stops = stop_tokens(tokenizer) if stops is None else stops
     start, answers = 0, []
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        messages = [*prompt, *answer]
-        _check_messages(tokenizer, messages)
         try:
-            full = _render(tokenizer, messages)
-            start, end, ids = _turn(tokenizer, messages, len(messages) - 1, full, _ids(tokenizer, full), stops)
+            start, ids = _last_turn(tokenizer, [*prompt, *answer], stops)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        answers.append(ids[:end])
+        answers.append(ids)
     if answers[0] == answers[1]:
         raise InputError("chosen and rejected are the same: such a pair teaches nothing")
     longest = max(len(a) for a in answers)
@@ -173,7 +182,58 @@ def encode_pair(
     return EncodedPair(cut[0][:start], cut[0][start:], cut[1][start:], cut != answers)
 
 
+def encode_answer(
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    answer: Sequence[Message],
+    label: bool,
+    max_length: int,
+    *,
+    truncate: bool = False,
+    stops: frozenset[int] | None = None,
+) -> EncodedAnswer:
+    """One answer to the prompt that the model is served with, and whether it is wanted."""
+    start, ids = _last_turn(tokenizer, [*prompt, *answer], stop_tokens(tokenizer) if stops is None else stops)
+    whole = _fit(ids, ((start, len(ids)),), max_length, truncate)
+    return EncodedAnswer(whole.input_ids[:start], whole.input_ids[start:], label, whole.cut)
+
+
+def encode_steps(
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    steps: Sequence[str],
+    labels: Sequence[bool],
+    max_length: int,
+    *,
+    separator: str,
+    truncate: bool = False,
+) -> Encoded:
+    """An answer in steps, each ended by `separator`: the label at a step's last token is 1 if it is right, else 0."""
+    ids, marks = list(encode_prompt(tokenizer, list(prompt))), []
+    end = _ids(tokenizer, separator)
+    for step, label in zip(steps, labels, strict=True):
+        ids += _ids(tokenizer, step) + end
+        marks.append((len(ids) - 1, int(label)))
+    if len(ids) > max_length and not truncate:
+        raise InputError(_too_long(len(ids), max_length))
+    kept = [(at, label) for at, label in marks if at < max_length]
+    if not kept:
+        raise InputError(f"no step ends within the first {max_length} tokens: raise max_length")
+    labelled = [IGNORED] * min(len(ids), max_length)
+    for at, label in kept:
+        labelled[at] = label
+    return Encoded(ids[:max_length], labelled, tuple((at, at + 1) for at, _ in kept), len(ids) > max_length)
+
+
 # ---- which tokens the assistant says
+
+
+def _last_turn(tokenizer: Tokenizer, messages: Sequence[Message], stops: frozenset[int]) -> tuple[int, list[int]]:
+    """Where the answer that ends a conversation begins, and the tokens up to its end."""
+    _check_messages(tokenizer, messages)
+    full = _render(tokenizer, messages)
+    start, end, ids = _turn(tokenizer, messages, len(messages) - 1, full, _ids(tokenizer, full), stops)
+    return start, ids[:end]
 
 
 def _by_prefix(

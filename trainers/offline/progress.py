@@ -21,12 +21,13 @@ _TICK_SECONDS = 0.5
 class Progress(TrainerCallback):
     """Rank 0 writes a line of metrics a step; all ranks report checkpoints to Ray Train and leave at the same step.
 
-    `tokens` are those each step reads. `error` says afterwards why training cannot go on, if it cannot.
+    `tokens` are those each step reads, and `order` the rows of all steps, counted from 0. `error` says afterwards why
+    training cannot go on, if it cannot.
     """
 
-    def __init__(self, job: TrainJob, run: RunDir, rank: int, tokens: list[int]) -> None:
+    def __init__(self, job: TrainJob, run: RunDir, rank: int, tokens: list[int], order: list[int]) -> None:
         self.error: str | None = None
-        self._job, self._run, self._rank, self._tokens = job, run, rank, tokens
+        self._job, self._run, self._rank, self._tokens, self._order = job, run, rank, tokens, order
         self._next_tick = 0.0
         self._last: dict[str, float] = {}
 
@@ -51,13 +52,22 @@ class Progress(TrainerCallback):
             return
         step, loss, norm = state.global_step, logs["loss"], logs["grad_norm"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.error = f"step {step} gave a loss of {loss} and a gradient of {norm}: lower learning_rate"
+            self.error = (
+                f"step {step} gave a loss of {loss} and a gradient of {norm} on data rows {self._rows_of(step)}: lower "
+                "learning_rate, or look at these rows"
+            )
             control.should_training_stop, control.should_save = True, False
             return
         kept = {k: v for k, v in logs.items() if k not in ("epoch", "num_tokens")}
         self._last = kept | {"tokens": self._tokens[step - 1]}
         if self._rank == 0:
             self._run.metrics(self._job.name, step, self._last)
+
+    def _rows_of(self, step: int) -> str:
+        """The step's rows as the data file counts them, from 1."""
+        size = self._job.stage.batch_size
+        rows = [str(row + 1) for row in sorted(set(self._order[(step - 1) * size : step * size]))]
+        return ", ".join(rows[:32]) + (f" and {len(rows) - 32} more" if len(rows) > 32 else "")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Hand the checkpoint to Ray Train: each rank its part, which Ray lays together on the run's storage."""

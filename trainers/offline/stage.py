@@ -1,4 +1,4 @@
-"""The stages on Ray Train: continued pre-training, supervised fine-tuning, preferences, reward models.
+"""The stages on Ray Train: continued pre-training, fine-tuning, distillation, preferences, reward models.
 
 The driver's half: it settles which rows each step takes and where the outcome goes; the workers (train_worker.py)
 train. Ray Train restarts them from the last checkpoint when one dies, and finds the same checkpoint when a later
@@ -19,15 +19,14 @@ from ...cluster.planning import amount
 from ...cluster.rundir import RunDir
 from ..config import stage_name
 from ..data.proof import EncodedRow
-from ..data.template import Encoded
+from ..data.template import Encoded, EncodedAnswer
 from ..model_state import ModelState, StageOutcome
+from ..recipe import resolve_prepared
 from ..schedule import rows_drawn
-from ..stages import CptStage, DpoStage, RewardModelStage, SftStage
+from ..stages import DistillStage, OfflineStage
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-OfflineStage = CptStage | SftStage | DpoStage | RewardModelStage
 
 _POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 """How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
@@ -45,6 +44,7 @@ class TrainJob:
     name: str
     base: Path
     adapter: Path | None
+    teacher: Path | None = None
     init_random: bool
     seed: int
     steps: int
@@ -82,6 +82,7 @@ def run_offline_stage(
         name=name,
         base=model.base.resolve(),
         adapter=model.adapter.resolve() if model.adapter else None,
+        teacher=resolve_prepared(stage.teacher.path, root) if isinstance(stage, DistillStage) else None,
         init_random=init_random,
         seed=seed,
         steps=stage.steps or math.ceil(len(encoded) / stage.batch_size),
@@ -150,12 +151,14 @@ def rows_table(encoded: Sequence[EncodedRow]) -> "pa.Table":
     import pyarrow as pa
 
     tokens = pa.list_(pa.int32())
-    if all(isinstance(row, Encoded) for row in encoded):
-        columns = {n: pa.array([getattr(r, n) for r in encoded], tokens) for n in ("input_ids", "labels")}
-    else:
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        columns = {n: pa.array([getattr(r, n) for r in encoded], tokens) for n in names}
-    return pa.table(columns)
+    match encoded[0]:
+        case Encoded():
+            names = {"input_ids": tokens, "labels": tokens}
+        case EncodedAnswer():
+            names = {"prompt_ids": tokens, "completion_ids": tokens, "label": pa.bool_()}
+        case _:
+            names = dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), tokens)
+    return pa.table({n: pa.array([getattr(row, n) for row in encoded], kind) for n, kind in names.items()})
 
 
 def row_order(seed: int, rows: int, batch_size: int, steps: int) -> list[int]:

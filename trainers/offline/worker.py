@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...cluster.imports import importing
 from ...cluster.rundir import RunDir
-from ...cluster.weights import base_digest, save_adapter
-from ..adapters import export_weights, open_model, open_reward_model, random_model, save_model, save_reward_model
-from ..stages import CptStage, RewardModelStage
+from ...cluster.weights import base_digest
+from ..adapters import open_model, open_reward_model, random_model, save_model, save_reward_model
+from ..stages import ProcessRewardModelStage, RewardModelStage
+from ..stages.adapters import served_per_row, trains_all, virtual
+from ..trained import merge_trained, save_trained
 from .manifests import newest_valid, step_of
 from .stage import TrainJob, not_begun, row_order
 
@@ -73,7 +75,7 @@ def _train(
 
     order = row_order(job.seed, rows.num_rows, job.stage.batch_size, job.steps)
     trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)
-    progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps))
+    progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps), order)
     trainer.add_callback(progress)
     if _stop_asked(job, run, rank):
         return not_begun(job, at)
@@ -120,23 +122,25 @@ def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
 def _model(job: TrainJob) -> Any:
     if job.init_random:
         return random_model(job.base, seed=job.seed)
-    if isinstance(job.stage, RewardModelStage):
-        return open_reward_model(job.base, job.stage.adapter, seed=job.seed)
-    lora = None if isinstance(job.stage, CptStage) else job.stage.adapter
-    return open_model(job.base, job.adapter, lora, seed=job.seed)
+    if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
+        task = "SEQ_CLS" if isinstance(job.stage, RewardModelStage) else "TOKEN_CLS"
+        return open_reward_model(job.base, job.stage.adapter, seed=job.seed, task=task, steps=job.steps)
+    return open_model(job.base, job.adapter, job.stage.adapter, seed=job.seed, steps=job.steps)
 
 
 def _write_outcome(job: TrainJob, model: Any, held_out: "pa.Table | None") -> dict[str, Any]:
     """Save what the stage made: an adapter under its digest, a model folder, or a reward model's with its measure."""
-    if isinstance(job.stage, RewardModelStage):
+    if isinstance(job.stage, RewardModelStage | ProcessRewardModelStage):
         folder = save_reward_model(model, job.base, job.model_out)
         return {"reward_model": str(folder), "metrics": _measured(folder, held_out)}
-    tensors, config = export_weights(model)
-    if not config:
+    own = job.stage.adapter
+    if trains_all(own) and not job.adapter:
         return {"base": str(save_model(model, job.base, job.model_out))}
     provenance = {"base_digest": base_digest(job.base), "stage": job.name, "steps": job.steps, "seed": job.seed}
-    _, folder = save_adapter(job.run_dir / "adapters", tensors, config, provenance)
-    return {"adapter": str(folder)}
+    folder = save_trained(model, own, job.run_dir / "adapters", provenance)
+    if own is None or served_per_row(own) or virtual(own):
+        return {"adapter": str(folder)}
+    return {"base": str(merge_trained(job.base, folder, job.model_out)), "adapter": None}
 
 
 def _measured(folder: Path, held_out: "pa.Table | None") -> dict[str, float]:
@@ -164,9 +168,8 @@ def _tokens_of_steps(rows: "pa.Table", order: list[int], steps: int) -> list[int
     import numpy as np
     import pyarrow.compute as pc
 
-    lengths = {n: np.asarray(pc.call_function("list_value_length", [rows[n]])) for n in rows.column_names}
-    if "input_ids" in lengths:
-        each = lengths["input_ids"]
-    else:
-        each = 2 * lengths["prompt_ids"] + lengths["chosen_ids"] + lengths["rejected_ids"]
-    return each.astype(np.int64)[order].reshape(steps, -1).sum(axis=1).tolist()
+    names = [name for name in rows.column_names if name not in ("labels", "label")]
+    lengths = {n: np.asarray(pc.call_function("list_value_length", [rows[n]])) for n in names}
+    parts = [*lengths.values(), *([lengths["prompt_ids"]] if "rejected_ids" in lengths else [])]
+    each = np.stack(parts).sum(axis=0, dtype=np.int64)
+    return each[order].reshape(steps, -1).sum(axis=1).tolist()

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .adapters import AnyAdapter, LoraConfig
 from .algorithms import ALGORITHMS, Algorithm
-from .base import DataConfig, DataFormat, LoraConfig, StageBase
+from .base import DataConfig, DataFormat, StageBase
 from .blocks import (
     AdaptiveKl,
     Aggregation,
@@ -18,11 +19,34 @@ from .blocks import (
     Scale,
 )
 from .learners import LearnerResources
-from .offline import CptStage, DpoStage, RewardModelStage, SftStage, TrainStage
+from .offline import (
+    CptStage,
+    DistillStage,
+    DpoStage,
+    KtoStage,
+    OrpoStage,
+    ProcessRewardModelStage,
+    RewardModelStage,
+    SftStage,
+    SimpoStage,
+    TeacherConfig,
+    TrainStage,
+)
 from .online import OnlineStage
 from .watch import AlarmsConfig, EarlyStop, HeldOutConfig
 
-StageConfig = Annotated[CptStage | SftStage | DpoStage | RewardModelStage | OnlineStage, Field(discriminator="type")]
+OfflineStage = (
+    CptStage
+    | SftStage
+    | DpoStage
+    | KtoStage
+    | OrpoStage
+    | SimpoStage
+    | DistillStage
+    | RewardModelStage
+    | ProcessRewardModelStage
+)
+StageConfig = Annotated[OfflineStage | OnlineStage, Field(discriminator="type")]
 
 __all__ = [
     "ALGORITHMS",
@@ -30,25 +54,33 @@ __all__ = [
     "Aggregation",
     "AlarmsConfig",
     "Algorithm",
+    "AnyAdapter",
     "ClipConfig",
     "CptStage",
     "CriticConfig",
     "DataConfig",
     "DataFormat",
+    "DistillStage",
     "DpoStage",
     "EarlyStop",
     "Estimator",
     "HeldOutConfig",
     "KlConfig",
+    "KtoStage",
     "LearnerResources",
     "LoraConfig",
     "MismatchConfig",
+    "OfflineStage",
     "OnlineStage",
+    "OrpoStage",
+    "ProcessRewardModelStage",
     "Ratio",
     "RewardModelStage",
     "Scale",
     "SftStage",
+    "SimpoStage",
     "StageBase",
     "StageConfig",
+    "TeacherConfig",
     "TrainStage",
 ]

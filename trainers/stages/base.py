@@ -6,7 +6,9 @@ from pydantic import Field
 
 from ...cluster.config import Config, Name
 
-DataFormat = Literal["auto", "text", "messages", "prompt_completion", "alpaca", "preference", "prompt"]
+DataFormat = Literal[
+    "auto", "text", "messages", "prompt_completion", "alpaca", "preference", "unpaired", "stepwise", "prompt"
+]
 
 
 class DataConfig(Config):
@@ -24,23 +26,6 @@ class DataConfig(Config):
     """A system message put before every conversation that has none."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows."""
-
-
-class LoraConfig(Config):
-    """Low-rank adapters (2106.09685): r 16, alpha 2r, all linear layers, B starts at zero."""
-
-    type: Literal["lora"] = "lora"
-    r: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
-    """Scale is alpha / r; 2r by default."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    path: str | None = None
-    """Start from this adapter folder instead of a new one."""
-    quantize: Literal["nf4"] | None = None
-    """Online stages: hold the frozen base of policy, reference and critic in 4 bits (QLoRA 2305.14314, double
-    quantisation); needs `raylign[qlora]`. Rollouts sample from the adapter on the base as it is, which is served, too:
-    the metrics `mismatch/…` show the difference, which the stage's `mismatch` corrects."""
 
 
 class StageBase(Config):

@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 
 from ...cluster.config import RoleResources
 from ...rollout.config import RewardConfig, RolloutConfig, ScoringConfig
+from .adapters import LoraConfig
 from .algorithms import ALGORITHMS, AdvantageName, AlgorithmName, LossName
-from .base import LoraConfig, StageBase
+from .base import StageBase
 from .blocks import (
     Aggregation,
     ClipConfig,

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ...rollout.rewards.functions import ENVIRONMENT, reward_name
+from .adapters import served_per_row
 from .wishes import refuse_wishes
 
 if TYPE_CHECKING:
@@ -175,6 +176,11 @@ def _sampling(stage: "OnlineStage") -> None:
         raise ValueError(f"rollout.sampling.top_k {sampling.top_k}: {reason}; take 0")
     if sampling.min_p > 0:
         raise ValueError(f"rollout.sampling.min_p {sampling.min_p:g}: {reason}; take 0")
+    if stage.adapter and not served_per_row(stage.adapter):
+        raise ValueError(
+            "adapter.modules_to_save and alpha_pattern: engines add plain low-rank factors of one scale to each row; "
+            "leave them out, or train them in a stage on Ray Train, which merges them"
+        )
     if stage.adapter and stage.adapter.dropout > 0:
         raise ValueError(
             f"adapter.dropout {stage.adapter.dropout:g}: the engine samples without dropout, so the trainer's "

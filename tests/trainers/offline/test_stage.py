@@ -26,6 +26,7 @@ from raylign.trainers.offline.stage import (
     run_offline_stage,
 )
 from raylign.trainers.stages import CptStage, DataConfig, DpoStage, LoraConfig, SftStage
+from raylign.trainers.stages.adapters import DoraConfig
 
 DATA = DataConfig(path="rows.jsonl")
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -208,6 +209,18 @@ def test_an_adapter_block_puts_the_former_adapter_into_a_new_base(
     assert base_digest(start.base) != base_digest(before.base)
 
 
+def test_what_engines_cannot_add_is_merged_when_the_stage_ends(
+    ray_session: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    stage = SFT.model_copy(update={"steps": 4, "adapter": DoraConfig(r=4)})
+    outcome = run(stage, TURNS, ModelState(tiny_model), tmp_path)
+    assert outcome.model == ModelState(tmp_path / "models" / "0-sft")
+    (folder,) = (tmp_path / "adapters").iterdir()
+    assert any("lora_magnitude_vector" in name for name in load_adapter(folder)[0])
+    assert not same(weights(outcome.model.base), weights(tiny_model))
+    assert losses(tmp_path, "sft")[-1] < losses(tmp_path, "sft")[0]
+
+
 # ---- refusals
 
 
@@ -260,7 +273,9 @@ def test_a_loss_that_is_no_number_ends_the_run_without_retries(
     ray_session: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     stage = CPT.model_copy(update={"learning_rate": 1e30, "workers": 1, "max_grad_norm": 1e30})
-    with pytest.raises(RunFailed, match=r"stage cpt: step \d+ gave a loss of .*: lower learning_rate"):
+    with pytest.raises(
+        RunFailed, match=r"stage cpt: step \d+ gave a loss of .* on data rows (\d+, )+\d+: lower learning_rate"
+    ):
         run(stage, TEXTS, ModelState(tiny_model), tmp_path)
     assert len(RunDir(tmp_path).events("worker")) == 1
 
