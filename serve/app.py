@@ -116,7 +116,7 @@ async def _answer(service: Service, work: Work, shape: Shape, http: Request) -> 
         await steps.aclose()
         raise
     events = _events(shape, head, _from_first(first, steps), work)
-    return EventStream(events, service.limits.request_seconds + _GRACE_SECONDS, headers)
+    return EventStream(events, steps, service.limits.request_seconds + _GRACE_SECONDS, headers)
 
 
 async def _all(steps: AsyncGenerator[list[Piece], None]) -> list[Piece]:

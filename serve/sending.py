@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -36,12 +36,18 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events from a generator that is always closed, whatever ends the response: its end, a client that
-    leaves, or `seconds`, after which also a client that does not read is let go."""
+    """Server-sent events. The generator and the `source` that it draws on are closed whatever ends the response: its
+    end, a client that leaves, or `seconds`, after which also a client that does not read is let go."""
 
-    def __init__(self, events: AsyncGenerator[str, None], seconds: float, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[str, None],
+        source: AsyncGenerator[Any, None],
+        seconds: float,
+        headers: Mapping[str, str],
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache", **headers})
-        self._events = events
+        self._closing = (events, source)  # one that has not begun would not close what it draws on
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,4 +57,5 @@ class EventStream(StreamingResponse):
         except TimeoutError:
             return  # a response without its end: the server closes the connection
         finally:
-            await self._events.aclose()
+            for generator in self._closing:
+                await generator.aclose()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from llguidance import LLMatcher
 from raylign.cluster.errors import InputError
-from raylign.rollout.engine import generate
+from raylign.rollout.engine import RequestsFailed, completion_of, generate
 from raylign.rollout.native.engine import NativeEngine
 from raylign.rollout.records import Completion, GenerationRequest, Sampling, SeedKey
 from transformers import AutoTokenizer
@@ -84,3 +84,29 @@ def test_what_is_no_grammar_is_refused(engine: NativeEngine) -> None:
     with pytest.raises(InputError, match="the grammar cannot be used: Invalid type: nonsense"):
         engine.submit(_request("a", LLMatcher.grammar_from_json_schema({"type": "nonsense"})))
     assert not engine.busy
+
+
+def test_a_grammar_that_is_too_much_fails_its_request_alone(engine: NativeEngine) -> None:
+    schema = {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {f"k{j}": {"type": "string", "pattern": f".*{i}.*{j}.*"} for j in range(20)},
+            }
+            for i in range(50)
+        ]
+    }
+    free = _request("free", "")
+    alone = generate(engine, [free])["free"]
+    engine.submit(_request("huge", LLMatcher.grammar_from_json_schema(schema), max_tokens=50))
+    engine.submit(free)
+    events, failed = [], []
+    while engine.busy:
+        try:
+            events += engine.step()
+        except RequestsFailed as error:
+            failed.append(error)
+    (error,) = failed
+    assert "a grammar cannot go on" in str(error)
+    assert error.request_ids == {"huge"}
+    assert _bits(completion_of([e for e in events if e.request_id == "free"])) == _bits(alone[0])
