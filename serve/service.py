@@ -73,10 +73,13 @@ class Service:
         self._quotas = Quotas()
         self.max_length: int = engine.call(lambda owned: owned.max_length).result()
 
-    def entry(self, name: str, key: Key | None = None) -> Entry:
-        """The registry's entry of a model that this service has and this key may use; raises a 404 otherwise."""
+    def entry(self, name: str, key: Key | None = None, user: str | None = None) -> Entry:
+        """The registry's entry of a model that this service has and this key may use; raises a 404 otherwise.
+
+        Where a name is split over several models, `user` decides, else the key: who asks again gets the same one.
+        """
         try:
-            entry = self._registry.resolve(name)
+            entry = self._registry.resolve(name, user or (key.name if key else None))
         except (NotFound, InputError, OSError, ValueError):
             raise no_model(name) from None
         if entry.base != self.base.digest or not self._allows(key, name, entry):
@@ -85,7 +88,11 @@ class Service:
 
     def models(self, key: Key | None = None) -> dict[str, Entry]:
         """What this key may ask for, by id: every alias, and the digest of what has none."""
-        entries = {e.digest: e for e in self._registry.entries() if e.base == self.base.digest}
+        entries = {
+            e.digest: e
+            for e in self._registry.entries()
+            if e.base == self.base.digest and not self._registry.is_retired(e.digest)
+        }
         aliases = {name: entries[digest] for name, digest in self._registry.aliases().items() if digest in entries}
         named = {entry.digest for entry in aliases.values()}
         known = aliases | {digest: entry for digest, entry in entries.items() if digest not in named}
