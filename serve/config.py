@@ -24,7 +24,9 @@ class ServeConfig(Config):
     """What a finished run serves and where it listens."""
 
     alias: Name
-    """The name that is pointed at the run's last adapter."""
+    """The name that is pointed at the run's last adapter, if that passes the evaluation."""
+    tolerance: float = Field(default=0.0, ge=0, le=1)
+    """How much lower a new model's accuracy may be than that of the model the alias points at."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """0 takes a free port."""
