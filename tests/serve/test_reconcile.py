@@ -40,21 +40,23 @@ def thread(tiny_model: Path) -> Iterator[EngineThread]:
     thread.close()
 
 
-def _reconciler(registry: Registry, thread: EngineThread, name: str = "r1", most: int = 2) -> Reconciler:
+def _follower(
+    registry: Registry, cache: AdapterCache, outcomes: Outcomes | None = None, guard: Guard | None = None
+) -> Reconciler:
     return Reconciler(
         registry=registry,
         base=registry.entries()[0],
-        adapters=AdapterCache(thread, most),
-        outcomes=Outcomes(),
-        guard=Guard(requests=2),
-        replica=name,
+        adapters=cache,
+        outcomes=outcomes or Outcomes(),
+        guard=guard or Guard(),
+        replica="r1",
     )
 
 
 def test_a_model_is_ready_once_every_live_replica_has_proven_it(registry: Registry, thread: EngineThread) -> None:
     digests = [entry.digest for entry in registry.entries()]
     assert {registry.state(digest) for digest in digests} == {"verified"}
-    asyncio.run(_reconciler(registry, thread).round())
+    asyncio.run(_follower(registry, AdapterCache(thread, 2)).round())
     assert {registry.state(digest) for digest in digests} == {"ready"}
     write_report(registry.root, Report(replica="r2", base=digests[0], ready=(digests[0],)))
     assert [registry.state(digest) for digest in digests] == ["ready", "verified", "verified", "verified"]
@@ -69,14 +71,7 @@ def test_what_names_point_at_is_in_the_engine_after_a_start(registry: Registry, 
 
     async def main() -> None:
         cache = AdapterCache(thread, 1)
-        follower = Reconciler(
-            registry=registry,
-            base=registry.entries()[0],
-            adapters=cache,
-            outcomes=Outcomes(),
-            guard=Guard(),
-            replica="r1",
-        )
+        follower = _follower(registry, cache)
         await follower.round()
         assert cache.held() == (named,)
 
@@ -88,14 +83,7 @@ def test_a_retired_model_leaves_once_nothing_uses_it(registry: Registry, thread:
 
     async def main() -> None:
         cache = AdapterCache(thread, 3)
-        follower = Reconciler(
-            registry=registry,
-            base=registry.entries()[0],
-            adapters=cache,
-            outcomes=Outcomes(),
-            guard=Guard(),
-            replica="r1",
-        )
+        follower = _follower(registry, cache)
         async with cache.use(entry.digest, lambda: registry.read_adapter(entry)):
             registry.retire(entry.digest)
             assert entry.digest not in (await follower.round()).ready
@@ -113,7 +101,7 @@ def test_an_adapter_that_the_engine_cannot_hold_is_never_ready(
     foreign = {name.replace("layers.0", "layers.9"): array for name, array in tensors(7).items()}
     _, folder = save_adapter(tmp_path / "adapters", foreign, CONFIG, {"base_digest": base.digest})
     entry = registry.publish(folder, base)
-    report = asyncio.run(_reconciler(registry, thread).round())
+    report = asyncio.run(_follower(registry, AdapterCache(thread, 2)).round())
     assert "has no layer in this model" in report.refused[entry.digest]
     assert registry.state(entry.digest) == "verified"
     assert live_reports(registry.root) == [report]
@@ -153,14 +141,7 @@ def test_a_name_goes_back_from_a_model_that_fails(
     for end in _ends(new, *own) + _ends(old, *others):
         outcomes.note(end)
     guard = Guard(errors=0.5, first_token_seconds=1.0, requests=3)
-    follower = Reconciler(
-        registry=registry,
-        base=registry.entries()[0],
-        adapters=AdapterCache(thread, 3),
-        outcomes=outcomes,
-        guard=guard,
-        replica="r1",
-    )
+    follower = _follower(registry, AdapterCache(thread, 3), outcomes, guard)
     asyncio.run(follower.round())
     alias = registry.alias("best")
     assert alias.digest == (old if why else new)
