@@ -30,6 +30,17 @@ class AdapterCache:
         """Digests of the adapters that are loaded or being loaded."""
         return tuple(self._loads)
 
+    def discard(self, digest: str) -> bool:
+        """Drop an adapter that nothing uses; whether it is gone. One in use stays for a later call."""
+        load = self._loads.get(digest)
+        if load is None:
+            return True
+        if self._users[digest] or not load.done():
+            return False
+        self._drop([digest])
+        self._wake()
+        return True
+
     @asynccontextmanager
     async def use(self, digest: str, read: Read) -> AsyncIterator[None]:
         """Have an adapter in the engine for as long as the block lasts; requests for it share one load.

@@ -43,14 +43,14 @@ def build_app(service: Service, keys: KeyRing) -> FastAPI:
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: ChatRequest, http: Request) -> Response:
-        entry = service.entry(request.model, http.state.key)
+        entry = service.entry(request.model, http.state.key, request.user)
         prompt = service.prompts.chat(request.messages, request.offered)
         work = Work(entry=entry, prompts=[prompt], fields=request, key=http.state.key)
         return await _answer(service, work, ChatShape(service.prompts, request.logprobs), http)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: CompletionRequest, http: Request) -> Response:
-        entry = service.entry(request.model, http.state.key)
+        entry = service.entry(request.model, http.state.key, request.user)
         prompts = [service.prompts.text(prompt) for prompt in request.prompts]
         work = Work(entry=entry, prompts=prompts, fields=request, key=http.state.key)
         return await _answer(service, work, CompletionShape(service.prompts, request.logprobs), http)

@@ -20,11 +20,26 @@ class Limits(Config):
     """The largest request; larger ones are answered 413 before they are read."""
 
 
+class Guard(Config):
+    """When a replica points a name back at the model before, by what its own requests show."""
+
+    errors: float = Field(default=0.2, ge=0, le=1)
+    """Part of a model's requests that may fail."""
+    first_token_seconds: float | None = Field(default=None, gt=0)
+    """How long half of its requests may wait for their first token; without a bound by default."""
+    requests: int = Field(default=20, ge=1)
+    """How many a model must have had before anything is held against it."""
+    seconds: float = Field(default=600.0, gt=0)
+    """How long after a name has moved it is watched."""
+
+
 class ServeConfig(Config):
     """What a finished run serves and where it listens."""
 
     alias: Name
-    """The name that is pointed at the run's last adapter."""
+    """The name that is pointed at the run's last adapter, if that passes the evaluation."""
+    tolerance: float = Field(default=0.0, ge=0, le=1)
+    """How much lower a new model's accuracy may be than that of the model the alias points at."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """0 takes a free port."""
@@ -34,4 +49,5 @@ class ServeConfig(Config):
     max_length: int = Field(default=2048, ge=1)
     """The most tokens of prompt and completion together."""
     limits: Limits = Limits()
+    rollback: Guard = Guard()
     resources: Resources = Resources()

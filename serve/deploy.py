@@ -52,6 +52,7 @@ def start(
         dtype=dtype,
         device="cuda" if config.resources.gpus else "cpu",
         limits=config.limits,
+        rollback=config.rollback,
     )
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)

@@ -1,6 +1,9 @@
 """What runs in a Ray Serve replica: an engine on its own thread behind the HTTP application."""
 
-from collections.abc import Callable
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -9,8 +12,9 @@ from ..cluster.imports import importing
 from ..rollout.engine import Engine
 from ..rollout.engine_thread import EngineThread
 from ..rollout.engines import ENGINES
-from .config import Limits
+from .config import Guard, Limits
 from .keys import KeyRing, keys_path
+from .reconcile import Reconciler
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ class ReplicaSpec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
     limits: Limits = field(default_factory=Limits)
+    rollback: Guard = field(default_factory=Guard)
 
     @property
     def keys(self) -> Path:
@@ -66,11 +71,32 @@ class Replica:
             limits=spec.limits,
         )
         self._keys = KeyRing(spec.keys)
+        self._reconciler = Reconciler(
+            registry=registry,
+            base=base,
+            adapters=self._service.adapters,
+            outcomes=self._service.outcomes,
+            guard=spec.rollback,
+            replica=uuid.uuid4().hex,
+        )
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         from .app import build_app
 
-        return build_app(self._service, self._keys)
+        app = build_app(self._service, self._keys)
+        app.router.lifespan_context = self._following  # Ray Serve begins it before the replica gets requests
+        return app
+
+    @asynccontextmanager
+    async def _following(self, app: "FastAPI") -> AsyncIterator[None]:
+        """Follow the registry as long as the application lives; its first round is over before a request comes."""
+        await self._reconciler.round()
+        task = asyncio.ensure_future(self._reconciler.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def check_health(self) -> None:
         """Called by Ray Serve; raises when the engine does not answer."""

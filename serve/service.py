@@ -26,6 +26,7 @@ from .grammar import check_size, json_grammar
 from .keys import Key
 from .messages import ObjectFormat, SchemaFormat
 from .metrics import Metrics
+from .outcomes import Outcomes, Watch
 from .pieces import Piece, Row
 from .prompts import Prompts
 from .protocol import MAX_CHOICES, ChatRequest, GenerationFields
@@ -68,15 +69,19 @@ class Service:
         self.metrics = Metrics()
         self._bridge = Bridge(engine)
         self._registry = registry
-        self._adapters = AdapterCache(engine, self.limits.adapters)
+        self.outcomes = Outcomes()
+        self.adapters = AdapterCache(engine, self.limits.adapters)
         self._admission = Admission(self.limits.completions)
         self._quotas = Quotas()
         self.max_length: int = engine.call(lambda owned: owned.max_length).result()
 
-    def entry(self, name: str, key: Key | None = None) -> Entry:
-        """The registry's entry of a model that this service has and this key may use; raises a 404 otherwise."""
+    def entry(self, name: str, key: Key | None = None, user: str | None = None) -> Entry:
+        """The registry's entry of a model that this service has and this key may use; raises a 404 otherwise.
+
+        Where a name is split over several models, `user` decides, else the key: who asks again gets the same one.
+        """
         try:
-            entry = self._registry.resolve(name)
+            entry = self._registry.resolve(name, user or (key.name if key else None))
         except (NotFound, InputError, OSError, ValueError):
             raise no_model(name) from None
         if entry.base != self.base.digest or not self._allows(key, name, entry):
@@ -85,7 +90,11 @@ class Service:
 
     def models(self, key: Key | None = None) -> dict[str, Entry]:
         """What this key may ask for, by id: every alias, and the digest of what has none."""
-        entries = {e.digest: e for e in self._registry.entries() if e.base == self.base.digest}
+        entries = {
+            e.digest: e
+            for e in self._registry.entries()
+            if e.base == self.base.digest and not self._registry.is_retired(e.digest)
+        }
         aliases = {name: entries[digest] for name, digest in self._registry.aliases().items() if digest in entries}
         named = {entry.digest for entry in aliases.values()}
         known = aliases | {digest: entry for digest, entry in entries.items() if digest not in named}
@@ -112,10 +121,12 @@ class Service:
         }
         stream = self._bridge.stream(requests, self.limits.request_seconds)
         began, sampled = time.monotonic(), 0
-        async with self._place(work), self._adapter(work.entry), aclosing(stream) as steps:
+        watch = Watch(self.outcomes, work.entry.digest)
+        async with self._place(work), watch, self._adapter(work.entry), aclosing(stream) as steps:
             try:
                 async for events in steps:
                     if not sampled:
+                        watch.first_token()
                         self.metrics.first_token.observe(time.monotonic() - began)
                     sampled += len(events)
                     self._quotas.spend(work.key, len(events), time.monotonic())
@@ -135,7 +146,7 @@ class Service:
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
-        return self.metrics.page(completions=self._admission.inside, adapters=len(self._adapters.held()))
+        return self.metrics.page(completions=self._admission.inside, adapters=len(self.adapters.held()))
 
     @asynccontextmanager
     async def _place(self, work: Work) -> AsyncIterator[None]:
@@ -156,7 +167,7 @@ class Service:
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(self.limits.request_seconds):
-                    use = self._adapters.use(entry.digest, lambda: self._registry.read_adapter(entry))
+                    use = self.adapters.use(entry.digest, lambda: self._registry.read_adapter(entry))
                     await stack.enter_async_context(use)
             except (InputError, OSError) as error:
                 logger.error("adapter %s cannot be loaded: %s", entry.digest, error)

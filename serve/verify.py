@@ -10,6 +10,9 @@ from ..cluster.errors import InputError
 from ..cluster.weights import Tensors, adapter_digest, load_adapter
 
 _CODE_FORMATS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_LARGEST_RANK = 4096
+_LARGEST_JSON = 4 << 20
+"""Bytes of a config; those of real adapters have a few thousand."""
 
 
 def recorded_base(folder: Path) -> str | None:
@@ -28,6 +31,7 @@ def read_adapter(folder: Path, digest: str, base: str) -> tuple[Tensors, dict[st
     """
     _check_files(folder)
     config = _read_object(folder / "adapter_config.json")
+    _check_ranks(folder, config)
     tensors = _read_tensors(folder)
     for name, array in tensors.items():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
@@ -51,12 +55,35 @@ def _check_files(folder: Path) -> None:
             raise InputError(f"adapter {folder}: {path.name} can run code and is not read; save it as safetensors")
 
 
+def _check_ranks(folder: Path, config: dict[str, Any]) -> None:
+    """Before any weight is read: a file of a rank that no adapter has would take memory first."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "adapter_model.safetensors"
+    said = [config.get("r"), *(ranks if isinstance(ranks := config.get("rank_pattern"), dict) else {}).values()]
+    for rank in said:
+        if isinstance(rank, int) and rank > _LARGEST_RANK:
+            raise InputError(f"adapter {folder} has rank {rank}: at most {_LARGEST_RANK} is served")
+    if not path.is_file():
+        return  # `load_adapter` says what is missing
+    try:
+        with safe_open(path, "np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise InputError(f"{path} is broken: {error}") from None
+    for name, shape in shapes.items():
+        if ".lora_A." in name and shape and shape[0] > _LARGEST_RANK:
+            raise InputError(f"adapter {folder}: {name} has rank {shape[0]}: at most {_LARGEST_RANK} is served")
+
+
 def _read_object(path: Path) -> dict[str, Any]:
+    if path.is_file() and path.stat().st_size > _LARGEST_JSON:
+        raise InputError(f"{path} has {path.stat().st_size} bytes: at most {_LARGEST_JSON} are read")
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: save the adapter with save_pretrained") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")

@@ -121,6 +121,7 @@ def test_a_resumed_run_ends_with_everything(resumed: dict[str, Any], interrupted
     assert set(resumed["evaluation"]["models"]) == {"quickstart-base", "quickstart-sft", "quickstart-grpo"}
     assert resumed["evaluation"]["after"]["n"] == 16
     assert resumed["served"]["model"] == "sums"
+    assert resumed["promotion"]["promoted"]
     assert resumed["weights"]["version"] == 60
     assert (interrupted / "adapters" / resumed["weights"]["digest"] / "adapter_model.safetensors").exists()
     assert 0 < resumed["peak_memory_gb"] < 8

@@ -18,11 +18,13 @@ from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
 from ..cluster.supervisor import Attempt
+from ..serve.registry import Registry
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs, read_inputs
 from .data.prepare import prepare
 from .interrupt import StopRequested, StopSignals, stop_if_asked
 from .pipeline import check_placement, conclude, demands, run_recipe
+from .publish import registry_root
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ def _prove(config: RunConfig, run: RunDir, signals: StopSignals, say: Say) -> In
         probe(address)
     else:
         check_placement(config, [this_machine(config)])
+    if config.serve:
+        Registry(registry_root(run)).check_name(config.serve.alias)
     if config.prepare:
         step("preparing data")
     prepare(config, run.path, signals.check)

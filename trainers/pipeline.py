@@ -25,7 +25,7 @@ from .memory import PeakMemory
 from .model_state import ModelState, StageOutcome, starting_model
 from .offline.stage import run_offline_stage
 from .online.stage import run_online_stage
-from .publish import publish, serve_and_evaluate
+from .publish import promote, publish, serve_and_evaluate
 from .recipe import resolve_prepared
 from .report.build import write_report
 from .stages import OnlineStage, StageConfig
@@ -79,17 +79,23 @@ def run_recipe(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict
 
     A run that was asked to stop ends with status `stopped`; errors are the caller's to write down with `conclude`.
     """
-    served, evaluation = None, {}
+    evaluation, promotion, url = {}, None, ""
     try:
         with _measured(run), _tracked(config, run) as tracker:
             _run_stages(config, run, inputs, tracker, say)
             if config.serve:
                 say("publishing")
-                names = publish(config, run, finished(run))
-                served, evaluation = serve_and_evaluate(config, run, inputs, names, say)
+                names = publish(config, run, finished(run), inputs)
+                url, evaluation = serve_and_evaluate(config, run, inputs, names, say)
+                promotion = promote(config, run, names[-1], evaluation, inputs.evaluation)
     except StopRequested:
         return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")
-    return conclude(config, run, "succeeded", "", served=served, evaluation=evaluation)
+    reason, served = "", None
+    if promotion and promotion["promoted"]:
+        served = {"model": promotion["alias"], "url": url}
+    elif promotion:
+        reason = f"not promoted: {promotion['alias']} answers as before, the new model is {promotion['why']}"
+    return conclude(config, run, "succeeded", reason, served=served, evaluation=evaluation, promotion=promotion)
 
 
 @contextmanager
@@ -127,6 +133,7 @@ def conclude(
     *,
     served: dict[str, str] | None = None,
     evaluation: dict[str, Any] | None = None,
+    promotion: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write `summary.json`, the last status and the report; a report that fails is an event, and changes nothing."""
     done, state = finished(run), run.status()
@@ -140,6 +147,7 @@ def conclude(
         "evaluation": evaluation or {},
         "weights": {"version": last.version, "digest": last.digest} if last else None,
         "served": served,
+        "promotion": promotion,
         "exact": all(stage.rollout.is_exact for stage in config.stages if isinstance(stage, OnlineStage)),
         "alarms": alarms_of(run),
         "wall_seconds": state.get("wall_seconds", 0.0),

@@ -1,42 +1,80 @@
-"""The end of a run: register what it made, serve it, and ask it the held-out questions."""
+"""The end of a run: register what it made, serve it, ask it the held-out questions, and give it the recipe's alias."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cluster.errors import NotFound
 from ..cluster.rundir import RunDir
 from ..rollout.rewards.process import BoundedReward
 from ..serve import deploy
+from ..serve.aliases import Move
 from ..serve.registry import Registry
 from .config import EvaluationConfig, RunConfig
 from .data.inputs import Inputs
 from .evaluation import evaluate
+from .gate import Verdict, digest_of, judge, questions_digest
 from .interrupt import stop_if_asked
 
 if TYPE_CHECKING:
     from .pipeline import Finished
 
 
-def publish(config: RunConfig, run: RunDir, stages: "Sequence[Finished]") -> list[str]:
-    """Register the base and every adapter on it, and point the names at them.
+def publish(config: RunConfig, run: RunDir, stages: "Sequence[Finished]", inputs: Inputs | None = None) -> list[str]:
+    """Register the base and every adapter on it under names of the run: `<run>-base`, `<run>-<stage>`, in order.
 
-    Names are `<run>-base`, `<run>-<stage>`, and the recipe's alias for the last. Returns the first two kinds in order.
+    Each entry says where it came from: run, recipe, data, steps and metrics of its stage, and the model before it.
     """
     registry = Registry(registry_root(run))
-    base = registry.register_base(Path(stages[-1].base), {"run": run.name})
+    came = {"run": run.name, "recipe": digest_of(config.model_dump(mode="json"))}
+    base = registry.register_base(Path(stages[-1].base), came)
     names = [f"{run.name}-base"]
     registry.promote(names[0], base.digest)
     last = base
-    for stage in stages:
+    for index, stage in enumerate(stages):
         if stage.adapter and stage.base == stages[-1].base and not stage.reward_model:
-            provenance = {"run": run.name, "stage": stage.name, "steps": stage.steps, "metrics": stage.metrics}
+            provenance = came | {
+                "stage": stage.name,
+                "steps": stage.steps,
+                "metrics": stage.metrics,
+                "parent": last.digest,
+                "data": digest_of(inputs.stages[index].rows) if inputs else None,
+            }
             last = registry.publish(Path(stage.adapter), base, provenance)
             names.append(f"{run.name}-{stage.name}")
             registry.promote(names[-1], last.digest)
-    assert config.serve is not None, "only a run that serves publishes"
-    registry.promote(config.serve.alias, last.digest)
-    run.event("published", alias=config.serve.alias, digest=last.digest)
+    run.event("published", models=names, digest=last.digest)
     return names
+
+
+def promote(
+    config: RunConfig, run: RunDir, model: str, evaluation: dict[str, Any], questions: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Point the recipe's alias at the run's last `model`, unless the evaluation speaks against it.
+
+    Gives `alias`, `digest`, `promoted` and `why`. A model that does not pass changes nothing: the old one answers on.
+    """
+    assert config.serve is not None, "only a run that serves promotes"
+    registry, alias = Registry(registry_root(run)), config.serve.alias
+    digest = registry.resolve(model).digest
+    verdict, seen = Verdict(passed=True, why="the recipe has no evaluation"), {}
+    if config.evaluation and evaluation:
+        asked = questions_digest(questions, config.evaluation, config.seed)
+        seen = {"questions": asked, "scores": evaluation["after"]}
+        verdict = judge(
+            evaluation["after"], evaluation["before"], _incumbent(registry, alias), asked, config.serve.tolerance
+        )
+    if verdict.passed:
+        registry.promote(alias, digest, why=f"run {run.name}: {verdict.why}", evaluation=seen)
+    run.event("promoted" if verdict.passed else "not_promoted", alias=alias, digest=digest, why=verdict.why)
+    return {"alias": alias, "digest": digest, "promoted": verdict.passed, "why": verdict.why}
+
+
+def _incumbent(registry: Registry, alias: str) -> Move | None:
+    try:
+        return registry.alias(alias).now
+    except NotFound:
+        return None
 
 
 def registry_root(run: RunDir) -> Path:
@@ -46,8 +84,8 @@ def registry_root(run: RunDir) -> Path:
 
 def serve_and_evaluate(
     config: RunConfig, run: RunDir, inputs: Inputs, names: Sequence[str], say: Callable[[str], None]
-) -> tuple[dict[str, str], dict[str, Any]]:
-    """Start the service, ask it as every model, stop it. Returns what was served and the evaluation."""
+) -> tuple[str, dict[str, Any]]:
+    """Start the service, ask it as every model, stop it. Returns where it was and the evaluation."""
     assert config.serve is not None, "only a run that serves comes here"
     say("serving")
     base = Path(Registry(registry_root(run)).resolve(names[0]).path)
@@ -65,7 +103,7 @@ def serve_and_evaluate(
         )
     finally:
         deploy.stop(run.name)
-    return {"model": config.serve.alias, "url": url}, evaluation
+    return url, evaluation
 
 
 def _evaluate(

@@ -35,7 +35,8 @@ def test_a_published_adapter_is_found_by_digest_prefix_and_alias(
     folder = _adapter(tmp_path, base.digest)
     entry = registry.publish(folder, base, {"run": "test"})
     registry.promote("mine", entry.digest)
-    assert (entry.digest, entry.kind, entry.base, entry.state) == (folder.name, "adapter", base.digest, "verified")
+    assert (entry.digest, entry.kind, entry.base) == (folder.name, "adapter", base.digest)
+    assert registry.state(entry.digest) == "verified"
     assert registry.resolve("mine") == registry.resolve(entry.digest) == registry.resolve(entry.digest[:12]) == entry
     assert registry.entries() == [base, entry]
     assert registry.publish(folder, base) == entry, "a second registration is the first"
@@ -46,7 +47,7 @@ def test_an_alias_moves_and_remembers(registry: Registry, base: Entry, tmp_path:
     for entry in (first, second, second):
         registry.promote("best", entry.digest)
     assert registry.aliases() == {"best": second.digest}
-    assert [step["digest"] for step in registry.history("best")] == [first.digest, second.digest]
+    assert [move.weights for move in registry.alias("best").moves] == [{first.digest: 1.0}, {second.digest: 1.0}]
 
 
 def test_unknown_names_say_what_there_is(registry: Registry, base: Entry) -> None:
@@ -148,7 +149,7 @@ def test_writers_at_once_lose_nothing_and_readers_see_whole_files(
         thread.join()
     writing.set()
     reader.join()
-    steps = [step["digest"] for step in registry.history("moving")]
+    steps = [digest for move in registry.alias("moving").moves for digest in move.weights]
     assert steps[0] == base.digest
     assert set(steps) == {base.digest, *(entry.digest for entry in entries)}
     assert steps[-1] == registry.aliases()["moving"]
