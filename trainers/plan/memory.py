@@ -22,13 +22,13 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation (QLoRA 2305.14314, section 3): 64 share a scale of 8 bits, 256 of these a
 float32."""
 HEADROOM = 0.10
-ERROR_BAND = (0.75, 1.25)
+ERROR_BAND = (0.85, 1.15)
 """Measured over estimated of what is not exact (activations and logits), on the models of the benchmark `plan`."""
 
 _MOMENTS = 8
 _ADAPTER_WIDTH = 4  # PEFT keeps an adapter in float32 on a base of any type
-_LOSS_COPIES = 3
-"""Beside what is saved: the logits themselves, and the gradients of both in the backward."""
+_LOSS_COPIES = 2
+"""Beside what is saved: the logits, and a gradient."""
 _VOCABULARY_TILE = 32768  # TRL's fused head goes through the vocabulary in such parts
 _TILE_COPIES = 4
 _ONLINE_CHUNK = 4 * (1 << 22)  # float32 logits in hand in trainers/online/head.py
