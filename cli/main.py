@@ -25,6 +25,7 @@ VERBS = (
     "serve",
     "query",
     "models",
+    "merge",
 )
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 

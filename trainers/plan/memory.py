@@ -29,8 +29,9 @@ _MOMENTS = 8
 _ADAPTER_WIDTH = 4  # PEFT keeps an adapter in float32 on a base of any type
 _LOSS_COPIES = 2
 """Beside what is saved: the logits, and a gradient."""
-_VOCABULARY_TILE = 32768  # TRL's fused head goes through the vocabulary in such parts
-_TILE_COPIES = 4
+_TILE = (4096, 32768)  # tokens and part of the vocabulary that TRL's fused head has in hand
+_TILE_COPIES = {"cpu": 7, "gpu": 1}
+"""In float32, beside the tile: Triton's kernels work in place, torch's operations do not."""
 _ONLINE_CHUNK = 4 * (1 << 22)  # float32 logits in hand in trainers/online/head.py
 _ONLINE_COPIES = 5
 
@@ -86,6 +87,7 @@ def learner(
     logits: Logits,
     checkpointing: bool = False,
     shards: int = 1,
+    device: Literal["cpu", "gpu"] = "cpu",
 ) -> Items:
     """One device of a role that learns; `model` was measured with the tokens of one forward.
 
@@ -97,7 +99,7 @@ def learner(
         gradients=trained / shards,
         optimizer=model.trained * _MOMENTS / shards,
         activations=_activations(model, dtype, tokens, checkpointing),
-        logits=_logits(model, tokens, logits),
+        logits=_logits(model, tokens, logits, WIDTH[dtype], device),
     ).with_headroom()
 
 
@@ -130,9 +132,10 @@ def _activations(model: Footprint, dtype: str, tokens: int, checkpointing: bool)
     return inputs + model.activations / model.layers
 
 
-def _logits(model: Footprint, tokens: int, kind: Logits) -> float:
+def _logits(model: Footprint, tokens: int, kind: Logits, width: int, device: str) -> float:
     if kind == "full":
         return model.logits + _LOSS_COPIES * tokens * model.vocabulary * 4
     if kind == "tiles":
-        return _TILE_COPIES * tokens * min(model.vocabulary, _VOCABULARY_TILE) * 4
+        held = min(tokens, _TILE[0])
+        return held * (_TILE[1] * width + _TILE_COPIES[device] * min(model.vocabulary, _TILE[1]) * 4)
     return min(_ONLINE_CHUNK, tokens * model.vocabulary * 4) * _ONLINE_COPIES

@@ -119,6 +119,7 @@ def _offline(config: RunConfig, stage: Any, adapter: Any, folder: Path) -> Stage
         quantized=quantized,
         tokens=tokens,
         logits="full" if full else "tiles",
+        device="gpu" if stage.resources.gpus else "cpu",
     )
     roles = [RolePlan(role="train", devices=stage.workers, each=each, gpus=stage.resources.gpus, learns=True)]
     if stage.type in ("dpo", "kto") and adapter is None:
