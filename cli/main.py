@@ -26,6 +26,7 @@ VERBS = (
     "query",
     "models",
     "merge",
+    "export",
 )
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 
