@@ -25,6 +25,7 @@ VERBS = (
     "serve",
     "query",
     "models",
+    "eval",
     "merge",
     "export",
 )
