@@ -29,6 +29,7 @@ BENCHMARKS = (
     "overlap",
     "serve",
     "gpu",
+    "plan",
 )
 """Modules beside this one, imported when they are asked for: a machine with a GPU may have no Ray."""
 _QUICK_PAIRS = 2

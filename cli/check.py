@@ -1,6 +1,7 @@
-"""`raylign check`: prove a recipe's data, masks, template, rewards and placement, and stop there."""
+"""`raylign check`: prove a recipe's data, masks, template, rewards, memory and placement, and stop there."""
 
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
     from ..trainers.data.proof import Proof
 
 
+class Part(StrEnum):
+    """What of a recipe is looked at alone."""
+
+    PLAN = "plan"
+    PLACEMENT = "placement"
+
+
 def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     set_: SetOption = None,
@@ -20,6 +28,7 @@ def check(
         str | None, typer.Option(help="Check placement on this cluster instead of this machine.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="How many masks to print for each stage.")] = 2,
+    only: Annotated[Part | None, typer.Option(help="Look at this alone; neither reads data or weights.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Prove a recipe before it costs anything: files, columns, template, supervised tokens, rewards, resources.
@@ -32,8 +41,12 @@ def check(
     from ..trainers.recipe import load_recipe
 
     overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
-    config = load_recipe(recipe, overrides)
+    config = load_recipe(recipe, overrides, planning=only is Part.PLAN)
     refuse_reserved(config.name)
+    if only:
+        from .plan import show_placement, show_plan
+
+        return show_plan(config, json=json) if only is Part.PLAN else show_placement(config, json=json)
     with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
         facts, masks, proofs = _prove(config, Path(folder), examples)
     if json:

@@ -27,6 +27,9 @@ VERBS = (
     "chat",
     "models",
     "keys",
+    "eval",
+    "merge",
+    "export",
 )
 """Each is a module here with a function of the same name; `--help` lists them in this order."""
 

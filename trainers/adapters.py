@@ -283,14 +283,14 @@ def save_model(model: Any, tokenizer_of: Path, out: Path) -> Path:
     """Write a model folder, all or nothing: config, safetensors, and the tokenizer of another folder."""
     from transformers import AutoTokenizer
 
-    with _draft(out) as draft:
+    with open_draft(out) as draft:
         model.save_pretrained(draft, safe_serialization=True)
         AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(draft)
     return out
 
 
 @contextmanager
-def _draft(out: Path) -> Iterator[Path]:
+def open_draft(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place once it is written whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=".draft-"))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..cluster.config import ClusterConfig, Config, ControllerConfig, Name
 from ..rollout.config import ModelReward, RewardModelSource, TextRewardConfig
@@ -162,8 +162,9 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
-    def _dtype_is_honoured(self) -> "RunConfig":
-        if self.model.dtype == "float32":
+    def _dtype_is_honoured(self, info: ValidationInfo) -> "RunConfig":
+        """A plan may ask what a dtype would need that the stages do not compute in yet."""
+        if self.model.dtype == "float32" or info.context == {"planning": True}:
             return self
         for index, stage in enumerate(self.stages):
             where = f"model.dtype {self.model.dtype}: stages.{index} ({stage.type})"

@@ -24,6 +24,8 @@ from .data.inputs import Inputs, read_inputs
 from .data.prepare import prepare
 from .interrupt import StopRequested, StopSignals, stop_if_asked
 from .pipeline import check_placement, conclude, demands, run_recipe
+from .plan import room
+from .plan.room import Room
 from .publish import registry_root
 
 logger = logging.getLogger(__name__)
@@ -204,6 +206,14 @@ def placement(config: RunConfig) -> dict[str, Any]:
         for d in demands(stage)
     ]
     return {"nodes": "; ".join(f"{n.node} ({amount(n.cpus, n.gpus)})" for n in nodes), "asked": asked}
+
+
+def rooms(config: RunConfig) -> list[Room]:
+    """The memory of the nodes that a run would join, or else of this machine."""
+    if not cluster_address(config):
+        return [room.this_machine()]
+    with connect(config.cluster):
+        return room.rooms_of_cluster()
 
 
 def this_machine(config: RunConfig) -> Offer:

@@ -24,21 +24,22 @@ PATH_KEYS = ("path", "python")
 Place = tuple[str | int, ...]
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, planning: bool = False) -> RunConfig:
     """Read a recipe, apply `key.path=value` overrides, and make its paths absolute (`prepared://` ones stay).
 
-    Raises `InputError` with the place of the first mistakes.
+    `planning` lets a model's dtype pass that its stages would not compute in. Raises `InputError` with the place of
+    the first mistakes.
     """
     data, lines = _parse(path)
     sources: dict[Place, str] = {place: f"{path}:{line}" for place, line in lines.items()}
     for override in overrides:
         sources[_override(data, override)] = f"{path} with {override}"
     try:
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data, context={"planning": planning})
     except ValidationError as error:
         first = error.errors()[:3]
         raise InputError("; ".join(_explain(e, data, sources, f"{path}:1") for e in first)) from None
-    return _with_absolute_paths(config, path.resolve().parent)
+    return _with_absolute_paths(config, path.resolve().parent, planning)
 
 
 def dump_recipe(config: RunConfig) -> str:
@@ -144,7 +145,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
+def _with_absolute_paths(config: RunConfig, root: Path, planning: bool) -> RunConfig:
     """Paths relative to the recipe made absolute, so that a run can be resumed from anywhere."""
     data = config.model_dump(exclude_unset=True)
     data["model"]["path"] = _model_path(config.model.path, root)
@@ -170,7 +171,7 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
                 reward["path"] = _code_path(reward["path"], root)
             if reward["type"] == "model" and reward.get("path"):
                 reward["path"] = _absolute(reward["path"], root)
-    return RunConfig.model_validate(data)
+    return RunConfig.model_validate(data, context={"planning": planning})
 
 
 def _absolute(path: str, root: Path) -> str:

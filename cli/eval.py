@@ -1,0 +1,40 @@
+"""`raylign eval`: what a folder is worth on held-out text, and what it forgot."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .output import answer, notes, print_json
+from .run import JsonOption
+
+
+def eval(
+    base: Annotated[Path, typer.Argument(help="The model folder.")],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter folder on it.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Held-out text, a passage a line.")] = None,
+    alarm: Annotated[float, typer.Option(min=0, help="Rise of the loss on general text that is an alarm.")] = 0.1,
+    json: JsonOption = False,
+) -> None:
+    """Measure held-out loss, KL to the base and forgetting, and name what is wrong.
+
+    Example: raylign eval models/base --adapter runs/quickstart/adapters/0f3a… --text held_out.txt
+    """
+    from ..cluster.errors import InputError
+    from ..trainers.forgetting import evaluate_folder
+
+    if text and not text.is_file():
+        raise InputError(f"no text file at {text}")
+    lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()] if text else []
+    found = evaluate_folder(base, adapter, lines, alarm=alarm)
+    if json:
+        print_json(found)
+        return
+    for name in ("held_out", "general"):
+        if part := found.get(name):
+            said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in part.items())
+            answer.print(f"{name.replace('_', '-')}: {said}", highlight=False)
+    if found["forgetting"] is not None:
+        answer.print(f"forgetting: {found['forgetting']:+.4f} nats a token", highlight=False)
+    for flag in found["flags"]:
+        notes.print(f"[red]{flag.replace('_', ' ')}[/red]", highlight=False)
