@@ -27,6 +27,7 @@ BENCHMARKS = (
     "grpo",
     "recovery",
     "overlap",
+    "rewards",
     "gpu",
 )
 """Modules beside this one, imported when they are asked for: a machine with a GPU may have no Ray."""
