@@ -28,6 +28,7 @@ BENCHMARKS = (
     "recovery",
     "overlap",
     "serve",
+    "rewards",
     "gpu",
     "plan",
 )

@@ -1,8 +1,9 @@
 """The part of a recipe that speaks of generation and rewards. Imports neither ray nor torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..cluster.config import Config, ElasticWorkers, RoleResources, WeightsConfig
 
@@ -167,9 +168,128 @@ class ModelReward(RewardBase, RewardModelSource):
         return self
 
 
-TextReward = FunctionReward | FormatReward | MathReward
+class ExactReward(TextRewardBase):
+    """1.0 when the completion, without white space around it, is the row's answer, else 0.0."""
+
+    type: Literal["exact"] = "exact"
+    answer: str = "answer"
+    """The column that holds the gold answer."""
+    answer_after: str | None = None
+    """Take what follows the last occurrence of this mark in that column."""
+    completion_after: str | None = None
+    """Take what follows the last occurrence of this mark in the completion; one without it scores 0."""
+
+
+class JsonSchemaReward(TextRewardBase):
+    """1.0 when the completion is JSON that a JSON Schema allows, else 0.0; references to elsewhere are not followed."""
+
+    type: Literal["json_schema"] = "json_schema"
+    json_schema: dict[str, Any]
+    """Draft 2020-12, unless its `$schema` names another."""
+
+    @model_validator(mode="after")
+    def _is_a_schema(self) -> "JsonSchemaReward":
+        from .rewards.json_schema import schema_fault
+
+        if fault := schema_fault(self.json_schema):
+            raise ValueError(f"json_schema is no JSON Schema: {fault}")
+        return self
+
+
+class LengthReward(RewardBase):
+    """0 up to `max_tokens - buffer` tokens, then down in a line to -1 at `max_tokens` (DAPO's soft overlong punishment,
+    2503.14476, equation 13)."""
+
+    type: Literal["length"] = "length"
+    max_tokens: int = Field(ge=1)
+    buffer: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _buffer_fits(self) -> "LengthReward":
+        if self.buffer > self.max_tokens:
+            raise ValueError(f"buffer {self.buffer} is more than max_tokens {self.max_tokens}")
+        return self
+
+
+class ConcurrentRewardBase(RewardBase):
+    """A reward that has many completions under way at once in each scorer."""
+
+    concurrency: int = Field(default=2, ge=1, le=1024)
+    """Completions under way at once, of each scorer."""
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    """For one try at a completion."""
+    retries: int = Field(default=3, ge=0)
+    """More tries where the machine or the service failed: with pauses that double, or as long as the service says."""
+
+
+class CodeReward(ConcurrentRewardBase):
+    """1.0 when the completion's code passes the row's tests, else 0.0; both run in a sandbox or not at all.
+
+    The code is the completion's last fenced block, else all of it. Too slow, too much memory or output is a 0.
+    """
+
+    type: Literal["code"] = "code"
+    tests: str = "test"
+    """The column with the tests: Python source, or a list of statements."""
+    entry_point: str | None = None
+    """The column with the name of the function that the tests' `check` is given, as HumanEval has it."""
+    prefix: str | None = None
+    """The column with code that stands before the completion's, and which the tests may use too."""
+    memory_mb: int = Field(default=512, ge=64)
+    output_kb: int = Field(default=1024, ge=1)
+
+
+class RemoteRewardBase(ConcurrentRewardBase):
+    """A reward that somebody answers over HTTP."""
+
+    url: str
+    """`http://` or `https://`."""
+    allow_private: bool = False
+    """Also of addresses that are no public ones (loopback, private networks, link-local)."""
+    key_env: str | None = None
+    """The variable of the scorer's environment that has the bearer token."""
+    concurrency: int = Field(default=64, ge=1, le=1024)
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    max_bytes: int = Field(default=1 << 20, ge=1)
+    """Of an answer; a longer one is an error, and no more of it is read."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no address: write http://host:port/path or https://…")
+        if parts.username or parts.password:
+            raise ValueError("the address has a password in it: put the key into a variable and name it in key_env")
+        return url
+
+
+class HttpReward(RemoteRewardBase):
+    """`POST {"completion": …, "row": …}`, and the answer `{"score": number}`."""
+
+    type: Literal["http"] = "http"
+
+
+class JudgeReward(RemoteRewardBase):
+    """A language model's score, 0 to 1, of how well a completion keeps to written principles (2212.08073, 2309.00267).
+
+    The answer's last line is to be `Score: N`, N from 0 to 10; another answer is asked for again, and counted.
+    """
+
+    type: Literal["judge"] = "judge"
+    url: str
+    """An OpenAI-compatible API, such as `http://127.0.0.1:8000/v1`."""
+    model: str
+    principles: list[str] = Field(min_length=1)
+    question: str = "prompt"
+    """The column with what was asked: text or messages."""
+    max_tokens: int = Field(default=512, ge=1)
+
+
+TextReward = FunctionReward | FormatReward | MathReward | ExactReward | JsonSchemaReward
 TextRewardConfig = Annotated[TextReward, Field(discriminator="type")]
-RewardConfig = Annotated[TextReward | ModelReward, Field(discriminator="type")]
+ConcurrentReward = CodeReward | HttpReward | JudgeReward
+RewardConfig = Annotated[TextReward | ModelReward | LengthReward | ConcurrentReward, Field(discriminator="type")]
 
 
 class ScoringConfig(Config):

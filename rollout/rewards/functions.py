@@ -14,12 +14,22 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ...cluster.errors import InputError, RaylignError
-from ..config import FormatReward, FunctionReward, ModelReward, RewardConfig, TextReward
+from ..config import (
+    ExactReward,
+    FormatReward,
+    FunctionReward,
+    JsonSchemaReward,
+    MathReward,
+    ModelReward,
+    RewardConfig,
+    TextReward,
+)
 
 Row = dict[str, Any]
 ScoreFunction = Callable[[str, Row], object]
@@ -131,6 +141,12 @@ def _function(config: TextReward, root: Path) -> ScoreFunction:
         return load_function(config.path, root)
     if isinstance(config, FormatReward):
         return _format_function(config.pattern)
+    if isinstance(config, ExactReward):
+        return partial(_exact, config)
+    if isinstance(config, JsonSchemaReward):
+        from .json_schema import schema_function
+
+        return schema_function(config.json_schema)
     from .math_answers import math_function
 
     return math_function(config)
@@ -142,6 +158,25 @@ def _format_function(text: str) -> ScoreFunction:
     except re.error as error:
         raise InputError(f"format reward: pattern {text!r} is no regular expression: {error}") from error
     return lambda completion, row: 1.0 if pattern.fullmatch(completion) else 0.0
+
+
+def _exact(config: ExactReward, completion: str, row: Row) -> float:
+    gold, mark = gold_answer(config, row), config.completion_after
+    said = completion if mark is None else completion.rpartition(mark)[2]
+    return 1.0 if (mark is None or mark in completion) and said.strip() == gold else 0.0
+
+
+def gold_answer(config: MathReward | ExactReward, row: Row) -> str:
+    """The row's gold answer: its column, after the last mark where one is named. Raises `RewardError`."""
+    if config.answer not in row:
+        raise RewardError(f"found no column {config.answer!r} in the row, which has {', '.join(row) or 'none'}")
+    text = str(row[config.answer])
+    if config.answer_after is None:
+        return text.strip()
+    _, mark, answer = text.rpartition(config.answer_after)
+    if not mark:
+        raise RewardError(f"found no {config.answer_after!r} in column {config.answer!r}: {text!r:.80}")
+    return answer.strip()
 
 
 def _import_file(file: Path, path: str, what: str) -> ModuleType:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..config import MathReward
-from .functions import RewardError, Row, ScoreFunction
+from .functions import RewardError, Row, ScoreFunction, gold_answer
 
 _MEMORY_BYTES = 4 << 30
 """What a process that evaluates expressions may map; `10^{10^{10}}` alone would want more than a machine has."""
@@ -33,19 +33,6 @@ def math_function(config: MathReward) -> ScoreFunction:
         return 1.0 if verify(gold, answer, timeout_seconds=None) else 0.0
 
     return score
-
-
-def gold_answer(config: MathReward, row: Row) -> str:
-    """The row's gold answer: its column, after the last mark where one is named. Raises `RewardError`."""
-    if config.answer not in row:
-        raise RewardError(f"found no column {config.answer!r} in the row, which has {', '.join(row) or 'none'}")
-    text = str(row[config.answer])
-    if config.answer_after is None:
-        return text.strip()
-    _, mark, answer = text.rpartition(config.answer_after)
-    if not mark:
-        raise RewardError(f"found no {config.answer_after!r} in column {config.answer!r}: {text!r:.80}")
-    return answer.strip()
 
 
 def limit_memory() -> None:

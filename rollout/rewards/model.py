@@ -5,6 +5,7 @@ whole, and which of its rows share a forward depends on their lengths alone. Ano
 change it by rounding, no more: attention is causal and padding stands on the right.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,12 +45,14 @@ class RewardModel:
         if info["missing_keys"]:
             raise InputError(f"{folder} is not a reward model: it has no weights {', '.join(info['missing_keys'])}")
         self._model, self._device = model.to(device).eval(), device
+        self._lock = threading.Lock()
+        """Torch's number of threads is the process's: one forward at a time."""
         self._pad = int(model.config.get_text_config().pad_token_id)
 
     def scores(self, rows: Sequence[np.ndarray]) -> list[float]:
         """The score of each row of tokens `[T]`, prompt and completion, in their order; may be no finite number."""
         out = [0.0] * len(rows)
-        with _one_thread(), torch.inference_mode():
+        with self._lock, _one_thread(), torch.inference_mode():
             for batch in batches([len(row) for row in rows]):
                 for i, score in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                     out[i] = score
@@ -65,6 +68,10 @@ class RewardModel:
 
     def wait_ready(self) -> None:
         """It is, once it is made."""
+
+    def counters(self) -> dict[str, float]:
+        """None besides `overruns`."""
+        return {}
 
     def close(self) -> None:
         """Nothing outlives it."""

@@ -94,6 +94,10 @@ class BoundedReward:
                     told.append(0.0 if isinstance(self.config, MathReward) else error)
         return told
 
+    def counters(self) -> dict[str, float]:
+        """None besides `overruns`."""
+        return {}
+
     def close(self) -> None:
         """End the child, if there is one."""
         with self._lock:

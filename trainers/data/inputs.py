@@ -1,6 +1,7 @@
 """Everything a run reads, read and proven before any actor starts: model, tokenizer, rows, masks, rewards, overlap."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,13 +11,13 @@ from safetensors import SafetensorError
 
 from ...cluster.errors import InputError
 from ...rollout.chat import encode_prompt
-from ...rollout.config import MathReward, ModelReward, RewardConfig
+from ...rollout.config import CodeReward, ExactReward, JudgeReward, MathReward, ModelReward, RewardConfig
 from ...rollout.environments.dialogue import observation_ids
 from ...rollout.environments.process import EnvironmentPool
 from ...rollout.interpreter import check_interpreter
 from ...rollout.rewards.functions import check_names
 from ...rollout.rewards.model_folder import check_reward_model, check_same_body
-from ...rollout.rewards.process import BoundedReward
+from ...rollout.rewards.scorer import begin_reward
 from ...serve.config import ServeConfig
 from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
@@ -177,6 +178,7 @@ def _held_out(
 
 def _check_rewards(config: RunConfig, run: Path, model: Path, tokenizer: Tokenizer) -> None:
     """Every reward loads as it will in its actor: in a process of its own, so that an import cannot hang us.
+    The sandbox is proved, and an address that a reward may not ask is refused.
 
     Of a reward model the files are looked at, where they are there already.
     """
@@ -189,8 +191,8 @@ def _check_rewards(config: RunConfig, run: Path, model: Path, tokenizer: Tokeniz
                 if reward.path:
                     check_reward_model(resolve_prepared(reward.path, run), model, tokenizer, f"{where}.{index}.path")
                 continue
-            with BoundedReward(reward, Path("/")) as bounded:
-                bounded.wait_ready()
+            with closing(begin_reward(reward, Path("/"))) as begun:
+                begun.wait_ready()
 
 
 def _check_critics(config: RunConfig, run: Path, model: Path, tokenizer: Tokenizer) -> None:
@@ -226,8 +228,16 @@ def _check_interpreters(config: RunConfig) -> None:
 
 def _check_answers(rewards: Sequence[RewardConfig], rows: list[Row], path: str) -> None:
     for reward in rewards:
-        if not isinstance(reward, MathReward):
-            continue
-        for number, row in enumerate(rows, 1):
-            if reward.answer not in row:
-                raise InputError(f"{path}, row {number}: the math reward's column {reward.answer!r} is missing")
+        for column in _columns(reward):
+            for number, row in enumerate(rows, 1):
+                if column not in row:
+                    raise InputError(f"{path}, row {number}: the {reward.type} reward's column {column!r} is missing")
+
+
+def _columns(reward: RewardConfig) -> list[str]:
+    """What a reward reads of every row."""
+    if isinstance(reward, MathReward | ExactReward):
+        return [reward.answer]
+    if isinstance(reward, CodeReward):
+        return [column for column in (reward.tests, reward.entry_point, reward.prefix) if column]
+    return [reward.question] if isinstance(reward, JudgeReward) else []

@@ -97,7 +97,7 @@ class Roles:
         if stage.critic:
             self._begin_group("critic", CriticActor, stage.critic.resources, tick)
         for name in self.scorers.missing():
-            self._actors.begin(name, *self._scorer(), tick, **stateless)
+            self._actors.begin(name, *self._scorer(), tick, **stateless, **self._scoring_at_once())
             self.scorers.join(name, self._actors[name], self._actors.node(name))
         placed()
         others = [[name] for name in self._answering() if not self.scorers.leaves(name)]
@@ -116,12 +116,22 @@ class Roles:
         device = "cuda" if scoring.resources.gpus else "cpu"
         return Scorer, scoring.resources, (list(self._stage.rewards), Path("/"), scoring.on_error, device)
 
+    def _scoring_at_once(self) -> dict[str, int]:
+        """How many groups a scorer works at, where its rewards have room for several, and a call for what it counts."""
+        from ...rollout.rewards.scorer import groups_at_once
+
+        groups = groups_at_once(self._stage.rewards, self._stage.rollout.group_size)
+        return {"max_concurrency": groups + 1} if groups > 1 else {}
+
     def ask_for_scorer(self, name: str) -> Coming:
         """Ask for another scorer and a place for it; returns at once."""
         role, resources, given = self._scorer()
         placement = reserve(f"{self._prefix}{name}", resources)
         try:
-            return Coming(self._actors.made(name, role, resources, given, placement, **_STATELESS), placement)
+            return Coming(
+                self._actors.made(name, role, resources, given, placement, **_STATELESS, **self._scoring_at_once()),
+                placement,
+            )
         except BaseException:
             release(placement)
             raise

@@ -10,15 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 from raylign.cluster.errors import InputError, RunFailed
-from raylign.rollout.config import FormatReward, FunctionReward, MathReward, RewardConfig
+from raylign.rollout.config import (
+    FormatReward,
+    FunctionReward,
+    HttpReward,
+    JudgeReward,
+    LengthReward,
+    MathReward,
+    RewardConfig,
+)
 from raylign.rollout.records import Group, Sample
-from raylign.rollout.rewards.scorer import OnError, Scorer
+from raylign.rollout.rewards.scorer import OnError, Scorer, groups_at_once
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import OnlineStage
 
+from .http_service import Handler, serving
+
 SOURCE = """
+import pathlib, time
 def exact(completion, row):
     return 1.0 if completion == row["answer"] else 0.0
+def after(completion, row):
+    while not pathlib.Path(row["mark"]).exists():
+        time.sleep(0.01)
+    return 1.0
 def moody(completion, row):
     return {"none": None, "nan": float("nan"), "text": "1.0"}.get(completion, 1.0)
 """
@@ -48,7 +63,7 @@ def test_samples_get_parts_and_their_weighted_sum(root: Path) -> None:
     assert [s.reward for s in scored.samples] == pytest.approx([1.1, 0.1, 0.0])
     assert scored.samples[1].reward_parts == {"exact": 0.0, "format": 1.0}
     assert scored.error is None
-    assert list(scorer.counters()) == ["seconds"]
+    assert list(scorer.counters()) == ["seconds", "seconds/exact", "seconds/format"]
     scorer.close()
 
 
@@ -119,6 +134,47 @@ def test_scorer_is_an_actor_and_its_processes_end_with_it(root: Path, ray_sessio
     ray.kill(actor)
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+
+
+def test_a_judge_is_asked_before_others_are_waited_for(root: Path) -> None:
+    """A function that comes first in the recipe ends only once the judge has been asked; the parts add up."""
+    mark = root / "asked"
+
+    def judge(handler: Handler, body: Any) -> None:
+        mark.touch()
+        handler.reply({"choices": [{"message": {"content": "Score: 5"}}]})
+
+    with serving(judge) as service:
+        given = {"url": service.url, "model": "m", "principles": ["Be right."], "question": "answer", "weight": 2.0}
+        remote = JudgeReward.model_validate(given | {"allow_private": True})
+        after = FunctionReward(path="rewards.py:after")
+        scorer = Scorer([after, LengthReward(max_tokens=2, buffer=2), remote], root)
+        asked = group("7", "8")
+        scored = scorer.score(dataclasses.replace(asked, row={**asked.row, "mark": str(mark)}))
+        assert [s.reward for s in scored.samples] == pytest.approx([1 - 0.5 + 1.0] * 2)
+        assert set(scorer.counters()) == {"seconds", "seconds/after", "seconds/length", "seconds/judge"}
+        scorer.close()
+
+
+def test_errors_of_a_judge_go_the_way_the_recipe_says(root: Path) -> None:
+    with serving(lambda handler, body: handler.reply({}, 500)) as service:
+        judge = JudgeReward(
+            url=service.url, model="m", principles=["x"], question="answer", allow_private=True, retries=0
+        )
+        for on_error, error in (("drop", "reward 'judge' was answered 500"), ("zero", None)):
+            scorer = Scorer([judge], root, on_error)
+            scored = scorer.score(group("7"))
+            assert (scored.error or "").startswith(error or "")
+            assert scorer.counters()["errors/judge"] == 1
+            assert scorer.counters()["status_500/judge"] == 1
+            scorer.close()
+
+
+def test_groups_at_once_give_the_most_concurrent_reward_enough_to_do() -> None:
+    judge = HttpReward(url="http://example.org", concurrency=64)
+    assert groups_at_once([*rewards(), judge], 8) == 8
+    assert groups_at_once([judge], 48) == 2
+    assert groups_at_once(rewards(), 8) == 1
 
 
 def test_gsm8k_recipe_scores_real_rows(shared_data: Path) -> None:
