@@ -53,7 +53,10 @@ def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], di
     fits = placement(config)
     prepare(config, folder)
     inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
-    facts = {"data": [g.proof.facts() for g in inputs.stages], "held_out": len(inputs.evaluation)}
+    facts = {
+        "data": [g.proof.facts() | {"sources": [s.facts() for s in g.sources]} for g in inputs.stages],
+        "held_out": len(inputs.evaluation),
+    }
     masks = {
         g.proof.stage: [render_mask(row, inputs.tokenizer) for row in g.proof.encoded[:examples]] for g in inputs.stages
     }

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..cluster.config import NAME_PATTERN
 from ..cluster.errors import InputError
 from .config import RunConfig
+from .data.files import HUB
 
 PREPARED = "prepared://"
 
@@ -152,9 +153,10 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
         data["prepare"]["path"] = _code_path(config.prepare.path, root)
     sections = [*data["stages"], *([data["evaluation"]] if config.evaluation else [])]
     for section in sections:
-        section["data"]["path"] = _absolute(section["data"]["path"], root)
-        if section.get("held_out"):
-            section["held_out"]["path"] = _absolute(section["held_out"]["path"], root)
+        for given in (section["data"], section.get("held_out") or {}):
+            for source in (given, *given.get("mixture", ())):
+                if source:
+                    source["path"] = _absolute(source["path"], root)
         if (section.get("adapter") or {}).get("path"):
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):
@@ -172,7 +174,7 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
 
 
 def _absolute(path: str, root: Path) -> str:
-    return path if path.startswith(PREPARED) else str((root / Path(path).expanduser()).resolve())
+    return path if path.startswith((PREPARED, HUB)) else str((root / Path(path).expanduser()).resolve())
 
 
 def _executable(path: str, root: Path) -> str:

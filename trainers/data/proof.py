@@ -109,7 +109,8 @@ def _encode(
             return encode_text(tokenizer, row["text"], stage.max_length, truncate=stage.truncate)
         case SftStage():
             limit, cut = stage.max_length, stage.truncate
-            return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops)
+            called = row.get("tools", ())
+            return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops, tools=called)
         case DpoStage() | RewardModelStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .algorithms import ALGORITHMS, Algorithm
-from .base import DataConfig, DataFormat, LoraConfig, StageBase
+from .base import DataConfig, DataFormat, LoraConfig, SourceConfig, SplitConfig, StageBase
 from .blocks import (
     AdaptiveKl,
     Aggregation,
@@ -48,6 +48,8 @@ __all__ = [
     "RewardModelStage",
     "Scale",
     "SftStage",
+    "SourceConfig",
+    "SplitConfig",
     "StageBase",
     "StageConfig",
     "TrainStage",
