@@ -1,6 +1,7 @@
 """`raylign check`: prove a recipe's data, masks, template, rewards and placement, and stop there."""
 
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,12 @@ if TYPE_CHECKING:
     from ..trainers.data.proof import Proof
 
 
+class Part(StrEnum):
+    """What of a recipe is looked at alone."""
+
+    DATA = "data"
+
+
 def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
     set_: SetOption = None,
@@ -20,6 +27,12 @@ def check(
         str | None, typer.Option(help="Check placement on this cluster instead of this machine.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="How many masks to print for each stage.")] = 2,
+    only: Annotated[Part | None, typer.Option(help="Look at this alone; data: no rewards and no placement.")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A benchmark's file, none of which may stand in training rows.")
+    ] = None,
+    flag: Annotated[list[str] | None, typer.Option(help="file.py:function that flags a text by a reason.")] = None,
+    near: Annotated[bool, typer.Option(help="Look for near-duplicates, too.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Prove a recipe before it costs anything: files, columns, template, supervised tokens, rewards, resources.
@@ -34,6 +47,10 @@ def check(
     overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
     config = load_recipe(recipe, overrides)
     refuse_reserved(config.name)
+    if only is Part.DATA:
+        from .doctor import show_data
+
+        return show_data(config, against or [], flag or [], near=near, json=json)
     with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
         facts, masks, proofs = _prove(config, Path(folder), examples)
     if json:

@@ -65,7 +65,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
         _tell(loaded, stage_name(stage), say)
         tools = _tools(stage, tokenizer)
         held_out = _held_out(stage, loaded.rows, tokenizer, run, tools, config.seed)
-        proof = prove_stage(stage, loaded.rows, tokenizer, tools)
+        proof = prove_stage(stage, loaded.rows, tokenizer, tools, loaded.places)
         stages.append(StageInput(loaded.rows, proof, held_out, loaded.sources))
     asked = []
     if config.evaluation:

@@ -7,13 +7,15 @@ of seed and step. Imports neither ray nor torch.
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ...cluster.errors import InputError
 from ..recipe import resolve_prepared
 from ..stages import DataConfig
-from .files import HUB, Row, fetch
+from .files import HUB, Place, Row, fetch
 from .rows import Kind, read_rows
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Loaded:
     """The rows of a section and where they came from."""
 
     rows: list[Row]
+    places: list[Place]
+    """Where each row stands."""
     sources: tuple[Source, ...]
 
 
@@ -51,19 +55,19 @@ def load_data(config: DataConfig, run: Path, kind: Kind, seed: int) -> Loaded:
         kind: what the stage trains on.
         seed: the run's, for the rows that a weight's fraction takes.
     """
-    rows: list[Row] = []
+    rows: list[tuple[Place, Row]] = []
     sources: list[Source] = []
     for number, source in enumerate((config, *config.mixture)):
         read = read_rows(source, _locate(source.path, run), kind, config.split)
-        taken = repeated(read.rows, source.weight, f"{seed} {number}")
+        taken = repeated(list(zip(read.places, read.rows, strict=True)), source.weight, f"{seed} {number}")
         sources.append(Source(source.path, read.format, read.found, len(taken)))
         rows += taken
     if not rows:
         raise InputError(f"{config.path}: the split and weights leave no rows: raise split.held_out or weight")
-    return Loaded(rows, tuple(sources))
+    return Loaded([row for _, row in rows], [place for place, _ in rows], tuple(sources))
 
 
-def repeated(rows: list[Row], weight: float, seed: str) -> list[Row]:
+def repeated(rows: list[Item], weight: float, seed: str) -> list[Item]:
     """Every row ⌊weight⌋ times, and of the rest a share drawn with the seed, in the order of the file."""
     times, part = divmod(weight, 1)
     drawn = random.Random(seed).sample(range(len(rows)), round(part * len(rows)))

@@ -86,6 +86,7 @@ class Read:
     """Rows of one kind, the format they had, and how many there were on both sides of a split."""
 
     rows: list[Row]
+    places: list[Place]
     format: str
     found: int
 
@@ -111,7 +112,7 @@ def read_rows(config: SourceConfig, path: Path, kind: Kind | None = None, split:
         raise InputError(f"{path} holds rows of format {form}, but this needs {need}: map them with `columns:`")
     convert = partial(_demonstration, _CONVERT[form]) if kind == "demonstration" else _CONVERT[form]
     canonical = [_convert_row(convert, row, config.system, place, form) for place, row in rows]
-    return Read(canonical, form, len(given))
+    return Read(canonical, [place for place, _ in rows], form, len(given))
 
 
 # ---- columns
