@@ -16,6 +16,7 @@ from .ngrams import Grams, strings
 from .proof import Proof, prove_stage
 from .rows import kind_of_stage
 from .template import load_tokenizer
+from .vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ def examine(
         filters: `file.py:function` each, called with a row's text; it gives a reason to flag it, or None.
         near: whether near-duplicates are looked for.
     """
-    tokenizer = load_tokenizer(locate_model(config.model, run), chat=any(s.type != "cpt" for s in config.stages))
+    model = locate_model(config.model, run)
+    tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages))
+    check_vocabulary(tokenizer, model)
     against = {path.name: Grams(_benchmark(path)) for path in benchmarks}
     if config.evaluation:
         asked = load_data(config.evaluation.data, run, "prompt", config.seed).rows

@@ -26,6 +26,7 @@ from .mixture import Loaded, Source, load_data
 from .proof import Proof, prove_stage, refuse_overlap
 from .rows import Row, kind_of_stage
 from .template import Tokenizer, load_tokenizer, stop_tokens
+from .vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     """Read and prove everything. Raises `InputError` for the first thing that is wrong; `say` is told of progress."""
     model = locate_model(config.model, run)
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
+    check_vocabulary(tokenizer, model)
     _check_adapter(config, model)
     _check_rewards(config, run, model, tokenizer)
     _check_critics(config, run, model, tokenizer)
