@@ -28,6 +28,7 @@ BENCHMARKS = (
     "recovery",
     "overlap",
     "gpu",
+    "data",
 )
 """Modules beside this one, imported when they are asked for: a machine with a GPU may have no Ray."""
 _QUICK_PAIRS = 2
