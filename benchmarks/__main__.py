@@ -31,6 +31,7 @@ BENCHMARKS = (
     "rewards",
     "gpu",
     "plan",
+    "data",
 )
 """Modules beside this one, imported when they are asked for: a machine with a GPU may have no Ray."""
 _QUICK_PAIRS = 2

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Part(StrEnum):
     """What of a recipe is looked at alone."""
 
+    DATA = "data"
     PLAN = "plan"
     PLACEMENT = "placement"
 
@@ -28,7 +29,14 @@ def check(
         str | None, typer.Option(help="Check placement on this cluster instead of this machine.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="How many masks to print for each stage.")] = 2,
-    only: Annotated[Part | None, typer.Option(help="Look at this alone; neither reads data or weights.")] = None,
+    only: Annotated[
+        Part | None, typer.Option(help="Look at this alone; plan and placement read neither data nor weights.")
+    ] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="A benchmark's file, none of which may stand in training rows.")
+    ] = None,
+    flag: Annotated[list[str] | None, typer.Option(help="file.py:function that flags a text by a reason.")] = None,
+    near: Annotated[bool, typer.Option(help="Look for near-duplicates, too.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Prove a recipe before it costs anything: files, columns, template, supervised tokens, rewards, resources.
@@ -43,6 +51,10 @@ def check(
     overrides = [*(set_ or []), *([f"cluster.address={address}"] if address else [])]
     config = load_recipe(recipe, overrides, planning=only is Part.PLAN)
     refuse_reserved(config.name)
+    if only is Part.DATA:
+        from .doctor import show_data
+
+        return show_data(config, against or [], flag or [], near=near, json=json)
     if only:
         from .plan import show_placement, show_plan
 
@@ -66,7 +78,10 @@ def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], di
     fits = placement(config)
     prepare(config, folder)
     inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
-    facts = {"data": [g.proof.facts() for g in inputs.stages], "held_out": len(inputs.evaluation)}
+    facts = {
+        "data": [g.proof.facts() | {"sources": [s.facts() for s in g.sources]} for g in inputs.stages],
+        "held_out": len(inputs.evaluation),
+    }
     masks = {
         g.proof.stage: [render_mask(row, inputs.tokenizer) for row in g.proof.encoded[:examples]] for g in inputs.stages
     }

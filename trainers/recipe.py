@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..cluster.config import NAME_PATTERN
 from ..cluster.errors import InputError
 from .config import RunConfig
+from .data.files import HUB
 
 PREPARED = "prepared://"
 
@@ -153,9 +154,10 @@ def _with_absolute_paths(config: RunConfig, root: Path, planning: bool) -> RunCo
         data["prepare"]["path"] = _code_path(config.prepare.path, root)
     sections = [*data["stages"], *([data["evaluation"]] if config.evaluation else [])]
     for section in sections:
-        section["data"]["path"] = _absolute(section["data"]["path"], root)
-        if section.get("held_out"):
-            section["held_out"]["path"] = _absolute(section["held_out"]["path"], root)
+        for given in (section["data"], section.get("held_out") or {}):
+            for source in (given, *given.get("mixture", ())):
+                if source:
+                    source["path"] = _absolute(source["path"], root)
         if section.get("teacher"):
             section["teacher"]["path"] = _model_path(section["teacher"]["path"], root)
         if (section.get("adapter") or {}).get("path"):
@@ -175,7 +177,7 @@ def _with_absolute_paths(config: RunConfig, root: Path, planning: bool) -> RunCo
 
 
 def _absolute(path: str, root: Path) -> str:
-    return path if path.startswith(PREPARED) else str((root / Path(path).expanduser()).resolve())
+    return path if path.startswith((PREPARED, HUB)) else str((root / Path(path).expanduser()).resolve())
 
 
 def _executable(path: str, root: Path) -> str:

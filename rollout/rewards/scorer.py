@@ -108,7 +108,7 @@ class Scorer:
     def _scored(self, group: Group) -> Iterator[Sample]:
         start = time.perf_counter()
         # Those that work elsewhere begin here, before anybody is waited for.
-        begun = {name: reward.outcomes(group) for name, reward in self._rewards.items()}
+        begun = {name: self._rewards[name].outcomes(group) for name in self._weights if name in self._rewards}
         columns: dict[str, list[float | RewardError]] = {}
         for name, column in begun.items():
             columns[name] = list(column)

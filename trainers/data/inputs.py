@@ -23,9 +23,11 @@ from ..adapters import check_adapter
 from ..config import EvaluationConfig, ModelConfig, RunConfig, stage_name
 from ..recipe import resolve_prepared
 from ..stages import DataConfig, DistillStage, LoraConfig, OnlineStage, RewardModelStage, StageConfig
+from .mixture import Loaded, Source, load_data
 from .proof import Proof, prove_stage, refuse_overlap
-from .rows import Row, kind_of_stage, load_rows
+from .rows import Row, kind_of_stage
 from .template import Tokenizer, load_tokenizer, stop_tokens
+from .vocabulary import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ class StageInput:
     proof: Proof
     held_out: "StageInput | None" = None
     """What a stage is measured on: a reward model's pairs, an online stage's prompts."""
+    sources: tuple[Source, ...] = ()
+    """What was read of each path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     """Read and prove everything. Raises `InputError` for the first thing that is wrong; `say` is told of progress."""
     model = locate_model(config.model, run)
     tokenizer = load_tokenizer(model, chat=any(s.type != "cpt" for s in config.stages) or config.evaluation is not None)
+    check_vocabulary(tokenizer, model)
     _check_adapter(config, model)
     _check_rewards(config, run, model, tokenizer)
     _check_critics(config, run, model, tokenizer)
@@ -60,14 +65,18 @@ def read_inputs(config: RunConfig, run: Path, say: Callable[[str], None] = lambd
     stages = []
     for stage in config.stages:
         say(f"{stage_name(stage)}: reading {stage.data.path}")
-        rows = _rows(stage.data, run, stage)
+        loaded = _rows(stage.data, run, stage, config.seed)
+        _tell(loaded, stage_name(stage), say)
         tools = _tools(stage, tokenizer)
-        held_out = _held_out(stage, rows, tokenizer, run, tools)
-        stages.append(StageInput(rows, prove_stage(stage, rows, tokenizer, tools), held_out))
+        held_out = _held_out(stage, loaded.rows, tokenizer, run, tools, config.seed)
+        proof = prove_stage(stage, loaded.rows, tokenizer, tools, loaded.places)
+        stages.append(StageInput(loaded.rows, proof, held_out, loaded.sources))
     asked = []
     if config.evaluation:
         say(f"evaluation: reading {config.evaluation.data.path}")
-        asked = load_rows(config.evaluation.data, resolve_prepared(config.evaluation.data.path, run), kind="prompt")
+        loaded = load_data(config.evaluation.data, run, "prompt", config.seed)
+        _tell(loaded, "evaluation", say)
+        asked = loaded.rows
         _check_answers(config.evaluation.rewards, asked, config.evaluation.data.path)
         if config.serve:
             _check_room(config.evaluation, config.serve, asked, tokenizer)
@@ -143,11 +152,16 @@ def _fetch(hub_id: str) -> Path:
         raise InputError(f"model {hub_id!r} is no folder here and cannot be fetched from the hub: {reason}") from None
 
 
-def _rows(data: DataConfig, run: Path, stage: StageConfig) -> list[Row]:
-    rows = load_rows(data, resolve_prepared(data.path, run), kind=kind_of_stage(stage))
+def _tell(loaded: Loaded, section: str, say: Callable[[str], None]) -> None:
+    for source in loaded.sources:
+        say(f"{section}: {source}")
+
+
+def _rows(data: DataConfig, run: Path, stage: StageConfig, seed: int) -> Loaded:
+    loaded = load_data(data, run, kind_of_stage(stage), seed)
     if isinstance(stage, OnlineStage):
-        _check_answers(stage.rewards, rows, data.path)
-    return rows
+        _check_answers(stage.rewards, loaded.rows, data.path)
+    return loaded
 
 
 def _tools(stage: StageConfig, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -164,12 +178,12 @@ def _tools(stage: StageConfig, tokenizer: Tokenizer) -> list[dict[str, Any]]:
 
 
 def _held_out(
-    stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path, tools: list[dict[str, Any]]
+    stage: StageConfig, rows: list[Row], tokenizer: Tokenizer, run: Path, tools: list[dict[str, Any]], seed: int
 ) -> StageInput | None:
     """What a stage is measured on, encoded as it trains; none of the prompts is trained on."""
     if not isinstance(stage, RewardModelStage | OnlineStage) or stage.held_out is None:
         return None
-    asked = _rows(stage.held_out, run, stage)
+    asked = _rows(stage.held_out, run, stage, seed).rows
     refuse_overlap(asked, rows, stage_name(stage))
     proof = prove_stage(stage.model_copy(update={"data": stage.held_out}), asked, tokenizer, tools)
     proof.require()

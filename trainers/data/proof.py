@@ -21,7 +21,7 @@ from ..stages import (
     SimpoStage,
     StageConfig,
 )
-from .rows import Row
+from .files import Place, Row
 from .template import (
     IGNORED,
     Encoded,
@@ -66,13 +66,16 @@ class Proof:
     """Rows that `truncate` shortened."""
     path: str
     """The data file, as the recipe has it."""
+    places: tuple[Place, ...] = ()
+    """Where each row stands, where that is known."""
 
     def require(self) -> tuple[EncodedRow, ...]:
         """The encoded rows. Raises `InputError` with the first refusal if there is any."""
         if self.refusals:
             first = self.refusals[0]
             more = f" (and {len(self.refusals) - 1} more rows are refused)" if len(self.refusals) > 1 else ""
-            raise InputError(f"{self.path}: stage {self.stage}, data row {first.row}: {first.reason}{more}")
+            where = self.places[first.row - 1] if self.places else self.path
+            raise InputError(f"{where}: stage {self.stage}, data row {first.row}: {first.reason}{more}")
         return self.encoded
 
     def facts(self) -> dict[str, object]:
@@ -90,10 +93,15 @@ class Proof:
 
 
 def prove_stage(
-    stage: StageConfig, rows: Sequence[Row], tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] = ()
+    stage: StageConfig,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    places: Sequence[Place] = (),
 ) -> Proof:
     """Encode every row as the stage will train on it (online: the prompts, of which no token is
-    supervised, or with demonstrations their answers). `tools` are those that prompts show, as JSON schemas."""
+    supervised, or with demonstrations their answers). `tools` are those that prompts show, as JSON schemas;
+    `places` say where rows stand, for refusals."""
     stops = stop_tokens(tokenizer)
     encoded: list[EncodedRow] = []
     refusals: list[Refusal] = []
@@ -113,6 +121,7 @@ def prove_stage(
         longest=max((longest for _, _, longest in lengths), default=0),
         cut=sum(e.cut for e in encoded),
         path=stage.data.path,
+        places=tuple(places),
     )
 
 
@@ -124,7 +133,8 @@ def _encode(
             return encode_text(tokenizer, row["text"], stage.max_length, truncate=stage.truncate)
         case SftStage() | DistillStage():
             limit, cut = stage.max_length, stage.truncate
-            return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops)
+            called = row.get("tools", ())
+            return encode_conversation(tokenizer, row["messages"], limit, truncate=cut, stops=stops, tools=called)
         case DpoStage() | OrpoStage() | SimpoStage() | RewardModelStage():
             pair = (row["prompt"], row["chosen"], row["rejected"])
             return encode_pair(tokenizer, *pair, stage.max_length, truncate=stage.truncate, stops=stops)

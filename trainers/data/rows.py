@@ -1,40 +1,33 @@
 """Rows of a data file in the one form each kind of training reads.
 
     text        {"text": str}                                       cpt
-    messages    {"messages": [message, …]}                          sft, distill
+    messages    {"messages": [message, …], "tools": [tool, …]}      sft, distill; tools where the row has them
     preference  {"prompt": [message, …], "chosen": […], "rejected": […]}   dpo, orpo, simpo, reward_model
     unpaired    {"prompt": [message, …], "completion": [message], "label": bool}   kto
     stepwise    {"prompt": [message, …], "completions": [str, …], "labels": [bool, …]}   process_reward_model
     prompt      {"prompt": [message, …], **the file's other columns}       grpo, evaluation
     demonstration   the same with "completion": [message]                  spin, from files of messages
 
-A message is `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. Imports neither ray nor torch.
+Messages and tools are those of `messages.py`. Imports neither ray nor torch.
 Every error is an `InputError` that names the file, the row (counted from 1) and the mend.
 """
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ...cluster.errors import InputError
-from ..stages import DataConfig, OnlineStage, StageConfig
+from ..stages import DataConfig, OnlineStage, SourceConfig, SplitConfig, StageConfig
+from .files import Place, Row, names, read
+from .messages import BadRow, Message, messages, parsed, text_of, tools, turns
+from .split import on_side
 
-Row = dict[str, Any]
-Message = dict[str, str]
 Kind = Literal["text", "messages", "preference", "unpaired", "stepwise", "prompt", "demonstration"]
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
 _KIND_OF_FORMAT: dict[str, Kind] = {
     "text": "text",
     "messages": "messages",
@@ -66,6 +59,21 @@ _NEEDS = {
 }
 
 
+_CANDIDATES = (
+    ("unpaired", {"messages", "label"}),
+    ("unpaired", {"prompt", "completion", "label"}),
+    ("stepwise", {"prompt", "completions", "labels"}),
+    ("preference", {"chosen", "rejected"}),
+    ("messages", {"messages"}),
+    ("messages", {"conversations"}),
+    ("alpaca", {"instruction", "output"}),
+    ("prompt_completion", {"prompt", "completion"}),
+    ("text", {"text"}),
+    ("prompt", {"prompt"}),
+)
+"""Formats by the columns they need; what needs more stands first."""
+
+
 def kind_of_stage(stage: StageConfig) -> Kind:
     """The kind of rows a stage trains on."""
     if isinstance(stage, OnlineStage):
@@ -74,109 +82,48 @@ def kind_of_stage(stage: StageConfig) -> Kind:
 
 
 def load_rows(config: DataConfig, path: Path, kind: Kind | None = None) -> list[Row]:
-    """Read a JSONL, JSON, Parquet or text file into rows of one kind.
+    """The rows of a file, or of a folder of files, as one kind; see `read_rows`."""
+    return read_rows(config, path, kind).rows
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Rows of one kind, the format they had, and how many there were on both sides of a split."""
+
+    rows: list[Row]
+    places: list[Place]
+    format: str
+    found: int
+
+
+def read_rows(config: SourceConfig, path: Path, kind: Kind | None = None, split: SplitConfig | None = None) -> Read:
+    """Read a file or folder into rows of one kind.
 
     `kind` is what the stage needs: it settles what `format: auto` looks for, and a file of another kind is refused.
     """
-    try:
-        rows = list(islice(_read(path), config.limit))
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not rows:
+    given = list(islice(read(path), config.limit))
+    if not given:
         raise InputError(f"{path} has no rows: an empty data set trains nothing")
-    rows = [_rename(row, config.columns, path, n) for n, row in enumerate(rows, 1)]
+    rows = [(place, _rename(row, config.columns, place)) for place, row in given if not split or on_side(row, split)]
     needed: Kind | None = "messages" if kind == "demonstration" else kind
-    form = _detect(rows[0], path, needed) if config.format == "auto" else config.format
+    form = (
+        _detect(_rename(given[0][1], config.columns, given[0][0]), given[0][0], needed)
+        if config.format == "auto"
+        else config.format
+    )
     found = _KIND_OF_FORMAT[form]
     if needed and found != needed:
         need = _NEEDS[needed]
         raise InputError(f"{path} holds rows of format {form}, but this needs {need}: map them with `columns:`")
     convert = partial(_demonstration, _CONVERT[form]) if kind == "demonstration" else _CONVERT[form]
-    return [_convert_row(convert, row, config.system, path, n) for n, row in enumerate(rows, 1)]
-
-
-# ---- files
-
-
-def _read(path: Path) -> Iterator[Row]:
-    """The rows as the file has them."""
-    if not path.is_file():
-        raise InputError(_missing(path))
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return _json_lines(path)
-    if suffix == ".json":
-        return _json(path)
-    if suffix == ".parquet":
-        return _parquet(path)
-    if suffix == ".txt":
-        return ({"text": line.rstrip("\n")} for line in path.open(encoding="utf-8") if line.strip())
-    raise InputError(f"{path}: cannot read {suffix or 'a file without suffix'}: give .jsonl, .json, .parquet or .txt")
-
-
-def _missing(path: Path) -> str:
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    if path.is_dir():
-        return f"{path} is a folder: `data.path` needs a file"
-    if near:
-        return f"no data file {path}: did you mean {near[0]}?"
-    return f"no data file {path}: " + (
-        f"its folder has {_names(names)}" if names else "its folder is not there or empty"
-    )
-
-
-def _names(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number} is not JSON: {error.msg} at column {error.colno}") from None
-            yield _object(row, path, f"line {number}")
-
-
-def _json(path: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        hint = ": one object a line is JSONL, name it .jsonl" if error.msg == "Extra data" else ""
-        raise InputError(f"{path}:{error.lineno} is not JSON: {error.msg} at column {error.colno}{hint}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{path} holds one {type(rows).__name__}: a data file is a list of objects")
-    return (_object(row, path, f"row {n}") for n, row in enumerate(rows, 1))
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a Parquet file: {error}") from None
-    return (row for batch in file.iter_batches() for row in batch.to_pylist())
-
-
-def _object(row: object, path: Path, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise InputError(f"{path}, {place}: a row is an object with columns, not {type(row).__name__}")
-    return row
+    canonical = [_convert_row(convert, row, config.system, place, form) for place, row in rows]
+    return Read(canonical, [place for place, _ in rows], form, len(given))
 
 
 # ---- columns
 
 
-def _rename(row: Row, columns: dict[str, str], path: Path, number: int) -> Row:
+def _rename(row: Row, columns: dict[str, str], place: Place) -> Row:
     """Give the file's columns the names this toolkit knows."""
     if not columns:
         return row
@@ -185,125 +132,87 @@ def _rename(row: Row, columns: dict[str, str], path: Path, number: int) -> Row:
         if own not in row:
             near = difflib.get_close_matches(own, row, n=1)
             mend = f"did you mean {near[0]}?" if near else "mend `columns:`"
-            raise InputError(f"{path}, row {number}: no column {own!r} (there are {_names(row)}): {mend}")
+            raise InputError(f"{place}: no column {own!r} (there are {names(row)}): {mend}")
         renamed.pop(own, None)
         renamed[known] = row[own]
     return renamed
 
 
-def _detect(row: Row, path: Path, kind: Kind | None) -> str:
+def _detect(row: Row, place: Place, kind: Kind | None) -> str:
     """The format of a file by the columns of its first row."""
     have = set(row)
     if kind == "prompt" and "prompt" in have:
         return "prompt"
-    candidates = (
-        ("unpaired", {"messages", "label"}),
-        ("unpaired", {"prompt", "completion", "label"}),
-        ("stepwise", {"prompt", "completions", "labels"}),
-        ("preference", {"chosen", "rejected"}),
-        ("messages", {"messages"}),
-        ("messages", {"conversations"}),
-        ("alpaca", {"instruction", "output"}),
-        ("prompt_completion", {"prompt", "completion"}),
-        ("text", {"text"}),
-        ("prompt", {"prompt"}),
-    )
-    fitting = [form for form, columns in candidates if columns <= have]
+    fitting = _fitting(row)
     wanted = [form for form in fitting if _KIND_OF_FORMAT[form] == kind]
     if wanted or (fitting and kind is None):
         return (wanted or fitting)[0]
     need = _NEEDS[kind] if kind else "columns it knows"
     mend = f"columns: {{{'prompt' if kind == 'prompt' else 'text'}: <column>}}"
-    raise InputError(f"{path}, row 1: needs {need}; there are {_names(have)}: map them, as in `{mend}`")
+    raise InputError(f"{place}: needs {need}; there are {names(have)}: map them, as in `{mend}`")
 
 
 def _column(row: Row, name: str) -> Any:
     if name not in row:
-        raise _Bad(f"no column {name!r} (there are {_names(row)}): map it, as in `columns: {{{name}: <column>}}`")
+        raise BadRow(f"no column {name!r} (there are {names(row)}): map it, as in `columns: {{{name}: <column>}}`")
     return row[name]
 
 
-class _Bad(Exception):
-    """What is wrong with one row; the caller adds file and row number."""
+def _fitting(row: Row) -> list[str]:
+    return [form for form, columns in _CANDIDATES if columns <= set(row)]
 
 
-def _convert_row(convert: Callable[[Row], Row], row: Row, system: str | None, path: Path, number: int) -> Row:
+def _convert_row(convert: Callable[[Row], Row], row: Row, system: str | None, place: Place, form: str) -> Row:
     try:
         canonical = convert(row)
-    except _Bad as error:
-        raise InputError(f"{path}, row {number}: {error}") from None
+    except BadRow as error:
+        other = _fitting(row)
+        if other and form not in other:
+            raise InputError(
+                f"{place}: has the columns of {other[0]}, but this file is {form}: a file has one"
+            ) from None
+        raise InputError(f"{place}: {error}") from None
     return _with_system(canonical, system) if system else canonical
 
 
 def _with_system(row: Row, system: str) -> Row:
     """Put a system message before the conversation that has none."""
     name = "messages" if "messages" in row else "prompt"
-    messages = row.get(name)
-    if not messages or messages[0]["role"] == "system":
+    said = row.get(name)
+    if not said or said[0]["role"] == "system":
         return row
-    return row | {name: [{"role": "system", "content": system}, *messages]}
+    return row | {name: [{"role": "system", "content": system}, *said]}
 
 
 # ---- formats
-
-
-def _string(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise _Bad(f"{what} must be text, not {type(value).__name__}")
-    return value
-
-
-def _message(value: object, what: str) -> Message:
-    """One message, of OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`) form."""
-    if not isinstance(value, dict):
-        raise _Bad(f"{what} must be an object with role and content, not {type(value).__name__}")
-    if value.get("tool_calls"):
-        raise _Bad(f"{what} has tool_calls, which this reader would lose: write the call as text in its content")
-    role = value.get("role", value.get("from"))
-    if role not in ROLES:
-        raise _Bad(f"{what} has the role {role!r}: it must be one of {', '.join(ROLES)}")
-    content = value.get("content", value.get("value"))
-    return {"role": ROLES[role], "content": _string(content, f"the content of {what}")}
-
-
-def _messages(value: object, what: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise _Bad(f"{what} must be a list of messages, not {'empty' if value == [] else type(value).__name__}")
-    return [_message(m, f"{what}[{i}]") for i, m in enumerate(value)]
-
-
-def _turns(value: object, what: str, role: str) -> list[Message]:
-    """Text (one message of that role), one message, or several."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [_message(value, what)] if isinstance(value, dict) else _messages(value, what)
 
 
 def _demonstration(convert: Callable[[Row], Row], row: Row) -> Row:
     """A conversation as a prompt and the assistant's message that ends it."""
     *prompt, last = convert(row)["messages"]
     if last["role"] != "assistant":
-        raise _Bad(f"the conversation ends with a message of {last['role']}: there is no answer to learn")
+        raise BadRow(f"the conversation ends with a message of {last['role']}: there is no answer to learn")
     if not prompt:
-        raise _Bad("the conversation is one message: there is no prompt that it answers")
+        raise BadRow("the conversation is one message: there is no prompt that it answers")
     return row | {"prompt": prompt, "completion": [last]}
 
 
 def _text(row: Row) -> Row:
-    return {"text": _string(_column(row, "text"), "text")}
+    return {"text": text_of(_column(row, "text"), "text")}
 
 
 def _conversation(row: Row) -> Row:
     name = "conversations" if "messages" not in row and "conversations" in row else "messages"
-    messages = _messages(_column(row, name), name)
-    if row.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _string(row["system"], "system")})
-    return {"messages": messages}
+    said = messages(parsed(_column(row, name), name), name)
+    if row.get("system") and said[0]["role"] != "system":
+        said.insert(0, {"role": "system", "content": text_of(row["system"], "system")})
+    callable_tools = tools(row.get("tools"))
+    return {"messages": said, "tools": callable_tools} if callable_tools else {"messages": said}
 
 
 def _alpaca(row: Row) -> Row:
-    parts = [_string(_column(row, "instruction"), "instruction"), _string(row.get("input") or "", "input")]
-    answer = _string(_column(row, "output"), "output")
+    parts = [text_of(_column(row, "instruction"), "instruction"), text_of(row.get("input") or "", "input")]
+    answer = text_of(_column(row, "output"), "output")
     return _conversation(
         {
             "messages": [
@@ -316,45 +225,46 @@ def _alpaca(row: Row) -> Row:
 
 
 def _prompt_completion(row: Row) -> Row:
-    prompt = _turns(_column(row, "prompt"), "prompt", "user")
-    return {"messages": prompt + _turns(_column(row, "completion"), "completion", "assistant")}
+    prompt = turns(_column(row, "prompt"), "prompt", "user")
+    return {"messages": prompt + turns(_column(row, "completion"), "completion", "assistant")}
 
 
 def _preference(row: Row) -> Row:
-    chosen = _turns(_column(row, "chosen"), "chosen", "assistant")
-    rejected = _turns(_column(row, "rejected"), "rejected", "assistant")
+    chosen = turns(_column(row, "chosen"), "chosen", "assistant")
+    rejected = turns(_column(row, "rejected"), "rejected", "assistant")
     if "prompt" in row:
-        prompt = _turns(row["prompt"], "prompt", "user")
+        prompt = turns(row["prompt"], "prompt", "user")
     elif "conversations" in row:
-        prompt = _messages(row["conversations"], "conversations")
+        prompt = messages(row["conversations"], "conversations")
     else:
         shared = sum(1 for _ in _common(chosen, rejected))
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
-        raise _Bad("no prompt: add a `prompt` or `conversations` column, or begin chosen and rejected with it")
+        raise BadRow("no prompt: add a `prompt` or `conversations` column, or begin chosen and rejected with it")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if [m["role"] for m in answer] != ["assistant"]:
-            raise _Bad(f"{name} must end the conversation with one assistant message, not {len(answer)} messages")
+            raise BadRow(f"{name} must end the conversation with one assistant message, not {len(answer)} messages")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _unpaired(row: Row) -> Row:
     label = _column(row, "label")
+    label = {"true": True, "false": False}.get(label.lower(), label) if isinstance(label, str) else label
     if not isinstance(label, bool):
-        raise _Bad(f"label is {label!r}: it must be true (wanted) or false")
+        raise BadRow(f"label is {label!r}: it must be true (wanted) or false")
     convert = _prompt_completion if "prompt" in row and "completion" in row else _conversation
     return _demonstration(convert, row) | {"label": label}
 
 
 def _stepwise(row: Row) -> Row:
-    steps, labels = _column(row, "completions"), _column(row, "labels")
+    steps, labels = (parsed(_column(row, name), name) for name in ("completions", "labels"))
     if not (isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)):
-        raise _Bad("completions must be a list of texts, a step each, none of them empty")
+        raise BadRow("completions must be a list of texts, a step each, none of them empty")
     if not (isinstance(labels, list) and all(isinstance(label, bool) for label in labels)):
-        raise _Bad("labels must be a list of true and false")
+        raise BadRow("labels must be a list of true and false")
     if len(labels) != len(steps):
-        raise _Bad(f"{len(steps)} steps and {len(labels)} labels: every step needs one")
-    return {"prompt": _turns(_column(row, "prompt"), "prompt", "user"), "completions": steps, "labels": labels}
+        raise BadRow(f"{len(steps)} steps and {len(labels)} labels: every step needs one")
+    return {"prompt": turns(_column(row, "prompt"), "prompt", "user"), "completions": steps, "labels": labels}
 
 
 def _common(a: list[Message], b: list[Message]) -> Iterator[Message]:
@@ -366,7 +276,7 @@ def _common(a: list[Message], b: list[Message]) -> Iterator[Message]:
 
 
 def _prompt(row: Row) -> Row:
-    return row | {"prompt": _turns(_column(row, "prompt"), "prompt", "user")}
+    return row | {"prompt": turns(_column(row, "prompt"), "prompt", "user")}
 
 
 _CONVERT: dict[str, Callable[[Row], Row]] = {

@@ -20,7 +20,7 @@ from ...cluster.errors import InputError
 from ...cluster.imports import importing
 from ...rollout.chat import encode_prompt as encode_prompt
 from ...rollout.chat import stop_tokens as stop_tokens
-from .rows import Message
+from .messages import Message
 
 IGNORED = -100
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -133,15 +133,17 @@ def encode_conversation(
     *,
     truncate: bool = False,
     stops: frozenset[int] | None = None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Encoded:
     """A conversation whose supervised tokens are what the assistant says, stop tokens included.
 
-    `stops` is `stop_tokens(tokenizer)` unless given.
+    `stops` is `stop_tokens(tokenizer)` unless given; `tools` are those the conversation may call.
     """
     stops = stop_tokens(tokenizer) if stops is None else stops
     _check_messages(tokenizer, messages)
     marked = _MARKS.search(tokenizer.get_chat_template() or "")
-    ids, spans = (_marked if marked else _by_prefix)(tokenizer, messages, stops)
+    ids, spans = (_marked if marked else _by_prefix)(tokenizer, messages, stops, tools)
+    _check_tools(tokenizer, messages, ids, tools)
     if not any(ids[end - 1] in stops for _, end in spans):
         raise InputError(
             f"no stop token ({_shown(tokenizer, stops)}) is supervised: the model would never learn to stop; end the "
@@ -237,13 +239,13 @@ def _last_turn(tokenizer: Tokenizer, messages: Sequence[Message], stops: frozens
 
 
 def _by_prefix(
-    tokenizer: Tokenizer, messages: Sequence[Message], stops: frozenset[int]
+    tokenizer: Tokenizer, messages: Sequence[Message], stops: frozenset[int], tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
     """The row's tokens and supervised ranges, by rendering each turn's prompt."""
-    full = _render(tokenizer, messages)
+    full = _render(tokenizer, messages, tools=tools)
     ids = _ids(tokenizer, full)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    return ids, tuple(_turn(tokenizer, messages, i, full, ids, stops)[:2] for i in turns)
+    return ids, tuple(_turn(tokenizer, messages, i, full, ids, stops, tools)[:2] for i in turns)
 
 
 def _turn(
@@ -253,10 +255,11 @@ def _turn(
     full: str,
     ids: list[int],
     stops: frozenset[int],
+    tools: Sequence[dict[str, Any]] = (),
 ) -> tuple[int, int, list[int]]:
     """First and last supervised token of one assistant turn, and the row's tokens."""
-    prompt = _render(tokenizer, messages[:index], prompt=True)
-    through = full if index == len(messages) - 1 else _render(tokenizer, messages[: index + 1])
+    prompt = _render(tokenizer, messages[:index], prompt=True, tools=tools)
+    through = full if index == len(messages) - 1 else _render(tokenizer, messages[: index + 1], tools=tools)
     if not through.startswith(prompt):
         raise InputError(
             f"messages[{index}]: the chat template renders the prompt differently when the answer follows, at "
@@ -280,11 +283,17 @@ def _turn(
 
 
 def _marked(
-    tokenizer: Tokenizer, messages: Sequence[Message], stops: frozenset[int]
+    tokenizer: Tokenizer, messages: Sequence[Message], stops: frozenset[int], tools: Sequence[dict[str, Any]]
 ) -> tuple[list[int], tuple[tuple[int, int], ...]]:
     """The row's tokens and supervised ranges, by the template's own `{% generation %}` marks."""
     encoded = _jinja(
-        partial(tokenizer.apply_chat_template, return_dict=True, return_assistant_tokens_mask=True), messages
+        partial(
+            tokenizer.apply_chat_template,
+            tools=list(tools) or None,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        ),
+        messages,
     )
     mask = [0, *encoded["assistant_masks"], 0]
     edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
@@ -302,8 +311,24 @@ def _check_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
         raise InputError("the conversation begins with an assistant message: there is no prompt that it answers")
     for index, message in enumerate(messages):
         for token in tokenizer.all_special_tokens:
-            if token in message["content"]:
+            if token in message["content"] or token in str(message.get("tool_calls", "")):
                 raise InputError(f"messages[{index}] contains the control token {token!r}: take it out of the text")
+
+
+def _check_tools(
+    tokenizer: Tokenizer, messages: Sequence[Message], ids: list[int], tools: Sequence[dict[str, Any]]
+) -> None:
+    """Refuse a row whose tools or calls the chat template leaves out: the loss would never see them."""
+    called = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+    if not called and not tools:
+        return
+    rendered = tokenizer.decode(ids)
+    for function in [*called, *(tool["function"] for tool in tools)]:
+        if function["name"] not in rendered:
+            raise InputError(
+                f"the chat template leaves out the tool {function['name']!r}: use the template of a model that calls "
+                "tools, or write tools and calls as text"
+            )
 
 
 def _fit(ids: list[int], spans: tuple[tuple[int, int], ...], max_length: int, truncate: bool) -> Encoded:
@@ -335,8 +360,15 @@ def _jinja(render: Callable[[list[Message]], Any], messages: Sequence[Message]) 
         raise InputError(f"the chat template refuses these messages: {error}") from None
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, prompt: bool = False) -> str:
-    return _jinja(partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=prompt), messages)
+def _render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    prompt: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
+    options = {"tokenize": False, "add_generation_prompt": prompt, "tools": list(tools) or None}
+    return _jinja(partial(tokenizer.apply_chat_template, **options), messages)
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -217,7 +217,8 @@ class Roles:
         return self.scorers.ask_counters()
 
     def scoring_troubles(self, asked: tuple[Counter[str], dict[str, Any]], *, tick: Tick) -> dict[str, float]:
-        """Errors, overruns and dropped groups of all scorers since the start; empty while there are none."""
+        """Errors, overruns and dropped groups of all scorers since the start, as far as there are any, and the seconds
+        of each reward."""
         counts, refs = asked
         for name, ref in refs.items():
             counts.update(self._actors.answers([name], "its counters", tick, [ref])[0])

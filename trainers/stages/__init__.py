@@ -6,7 +6,7 @@ from pydantic import Field
 
 from .adapters import AnyAdapter, LoraConfig
 from .algorithms import ALGORITHMS, Algorithm
-from .base import DataConfig, DataFormat, StageBase
+from .base import DataConfig, DataFormat, SourceConfig, SplitConfig, StageBase
 from .blocks import (
     AdaptiveKl,
     Aggregation,
@@ -79,6 +79,8 @@ __all__ = [
     "Scale",
     "SftStage",
     "SimpoStage",
+    "SourceConfig",
+    "SplitConfig",
     "StageBase",
     "StageConfig",
     "TeacherConfig",

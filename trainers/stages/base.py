@@ -11,21 +11,43 @@ DataFormat = Literal[
 ]
 
 
-class DataConfig(Config):
-    """Rows of one file, and how to read them.
+class SplitConfig(Config):
+    """A part of the rows, chosen by the digest of their content and a seed: a row and its copies are on one side,
+    whatever their order and whichever rows come or go."""
+
+    held_out: float = Field(gt=0, lt=1)
+    """The share of the rows that is held out."""
+    take: Literal["train", "held_out"] = "train"
+    seed: int = 0
+
+
+class SourceConfig(Config):
+    """Rows of one file, of all files of a folder or of a data set on the hub, and how to read them.
 
     `columns` maps the names this toolkit knows (`prompt`, `completion`, `messages`, `chosen`, `rejected`, `text`, …)
     to the file's own.
     """
 
     path: str
-    """A JSONL, JSON, Parquet or text file, relative to the recipe; `prepared://…` is what the recipe's script wrote."""
+    """A JSONL, JSON, Parquet, CSV or text file or a folder of them, relative to the recipe; `prepared://…` is what the
+    recipe's script wrote, `hf://organisation/name` a data set on the hub."""
     format: DataFormat = "auto"
     columns: dict[str, str] = Field(default_factory=dict)
     system: str | None = None
     """A system message put before every conversation that has none."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first rows."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often a pass over the data has these rows: 2 is twice, 0.5 half of them, drawn with the run's seed."""
+
+
+class DataConfig(SourceConfig):
+    """What a stage or an evaluation reads: one source, or several mixed."""
+
+    mixture: tuple[SourceConfig, ...] = ()
+    """Further sources, whose rows are mixed in; `weight` says how often each is seen."""
+    split: SplitConfig | None = None
+    """Only one side of the rows; the other is for an evaluation that has the same split."""
 
 
 class StageBase(Config):

@@ -112,7 +112,12 @@ def test_limit_and_system_message(tmp_path: Path) -> None:
         ([{"prompt": "a"}, {"prompt": 3}], {}, "prompt", "row 2: prompt must be a list of messages, not int"),
         ([{"messages": [{"role": "bot", "content": ""}]}], {}, None, "has the role 'bot'"),
         ([{"messages": []}], {}, None, "must be a list of messages, not empty"),
-        ([{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}], {}, None, "has tool_calls"),
+        (
+            [{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}],
+            {},
+            None,
+            "the function's name, not '1'",
+        ),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a"}], {}, None, "row 2: no column 'output'"),
         ([{"chosen": [ASSISTANT], "rejected": [OTHER]}], {}, None, "no prompt"),
         ([["not an object"]], {}, None, "not list"),
@@ -148,6 +153,91 @@ def test_real_files_are_read_whole(shared_data: Path) -> None:
     assert set(problems[0]) == {"prompt", "answer"}
 
 
-def test_tool_calls_are_refused_rather_than_lost(shared_data: Path) -> None:
-    with pytest.raises(InputError, match="function_call"):
-        read(shared_data / "sft/glaive_toolcall_en_demo.json", "messages")
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+RESULT = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {
+            "conversations": [
+                {"from": "human", "value": "2+2?"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2, "b": 2}}'},
+                {"from": "observation", "value": "4"},
+                {"from": "gpt", "value": "4"},
+            ],
+            "tools": '[{"name": "add", "parameters": {}}]',
+        },
+        {
+            "messages": [
+                USER,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}],
+                },
+                RESULT,
+                ASSISTANT,
+            ],
+            "tools": TOOLS,
+        },
+    ],
+)
+def test_tool_calls_of_both_forms_are_the_same_messages(tmp_path: Path, row: dict[str, Any]) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert read(write(tmp_path, [row]), "messages") == [{"messages": [USER, call, RESULT, ASSISTANT], "tools": TOOLS}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [USER, ASSISTANT], "label": True}, True),
+        ({"prompt": "2+2?", "completion": "4", "label": False}, False),
+    ],
+)
+def test_answers_with_labels_are_unpaired(tmp_path: Path, row: dict[str, Any], expected: bool) -> None:
+    (got,) = read(write(tmp_path, [row]), "unpaired")
+    assert (got["prompt"], got["completion"], got["label"]) == ([USER], [ASSISTANT], expected)
+
+
+def test_steps_keep_their_labels(tmp_path: Path) -> None:
+    row = {"prompt": "2+2?", "completions": ["2 and 2", "make 5"], "labels": [True, False]}
+    assert read(write(tmp_path, [row]), "stepwise") == [row | {"prompt": [USER]}]
+
+
+def test_csv_reads_like_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion,label\n"2+2?",4,true\n"a ""b""\nc",d,false\n')
+    first, second = read(path, "unpaired")
+    assert (first["prompt"], first["label"], second["label"]) == ([USER], True, False)
+    assert second["prompt"][0]["content"] == 'a "b"\nc'
+    path.write_text("prompt,completion\na,b,c\n")
+    with pytest.raises(InputError, match=r"rows\.csv:2 has another number of fields than the header's 2"):
+        read(path)
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    write(tmp_path, [{"text": "second"}], "b.jsonl")
+    write(tmp_path, [{"text": "first"}], "a.jsonl")
+    assert read(tmp_path, "text") == [{"text": "first"}, {"text": "second"}]
+    write(tmp_path, [{"text": 1}], "c.jsonl")
+    with pytest.raises(InputError, match=r"c\.jsonl, row 1: text must be text"):
+        read(tmp_path, "text")
+    write(tmp_path, [], "d.json")
+    with pytest.raises(InputError, match=r"mixes \.json and \.jsonl files"):
+        read(tmp_path)
+
+
+def test_a_file_of_two_formats_is_refused_at_the_row_that_differs(tmp_path: Path) -> None:
+    path = write(tmp_path, [CONVERSATIONS[0], CONVERSATIONS[2]])
+    with pytest.raises(InputError, match=r"row 2: has the columns of alpaca, but this file is messages"):
+        read(path)
+
+
+def test_real_tools_and_labels_are_read_whole(shared_data: Path) -> None:
+    rows = read(shared_data / "sft/glaive_toolcall_en_demo.json", "messages")
+    assert len(rows) == 300
+    assert sum("tools" in row for row in rows) > 100
+    assert len(read(shared_data / "preference/kto_en_demo.json", "unpaired")) == 300

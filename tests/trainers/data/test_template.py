@@ -156,3 +156,22 @@ def test_a_folder_without_tokenizer_or_template_is_refused(tokenizer: Tokenizer,
     with pytest.raises(InputError, match="has no chat template"):
         load_tokenizer(tmp_path)
     load_tokenizer(tmp_path, chat=False)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALLING = PLAIN.replace(
+    "{{ m.content }}",
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}",
+).replace("{% for m in messages %}", "{{ tools | tojson if tools }}{% for m in messages %}", 1)
+
+
+def test_a_template_writes_tools_and_calls_or_the_row_is_refused(tokenizer: Tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [ONE_TURN[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with pytest.raises(InputError, match="leaves out the tool 'add'"):
+        encode_conversation(tokenizer, messages, 512, tools=TOOLS)
+    tokenizer.chat_template = CALLING
+    encoded = encode_conversation(tokenizer, messages, 512, tools=TOOLS)
+    (answer,) = said(tokenizer, encoded)
+    assert answer == '{"name": "add", "arguments": {"a": 2}}<|im_end|>'
+    assert encoded.input_ids[: encoded.spans[0][0]] == encode_prompt(tokenizer, messages[:1], TOOLS)
