@@ -156,7 +156,7 @@ def _with_absolute_paths(config: RunConfig, root: Path) -> RunConfig:
         if section.get("held_out"):
             section["held_out"]["path"] = _absolute(section["held_out"]["path"], root)
         if section.get("teacher"):
-            section["teacher"]["path"] = _model_path(section["teacher"]["path"], root)
+            section["teacher"]["path"] = _absolute(section["teacher"]["path"], root)
         if (section.get("adapter") or {}).get("path"):
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):
