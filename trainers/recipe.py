@@ -159,7 +159,7 @@ def _with_absolute_paths(config: RunConfig, root: Path, planning: bool) -> RunCo
                 if source:
                     source["path"] = _absolute(source["path"], root)
         if section.get("teacher"):
-            section["teacher"]["path"] = _model_path(section["teacher"]["path"], root)
+            section["teacher"]["path"] = _absolute(section["teacher"]["path"], root)
         if (section.get("adapter") or {}).get("path"):
             section["adapter"]["path"] = _absolute(section["adapter"]["path"], root)
         if python := section.get("rollout", {}).get("python"):

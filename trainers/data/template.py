@@ -211,6 +211,7 @@ def encode_steps(
     truncate: bool = False,
 ) -> Encoded:
     """An answer in steps, each ended by `separator`: the label at a step's last token is 1 if it is right, else 0."""
+    _check_messages(tokenizer, [*prompt, {"role": "assistant", "content": separator.join(steps)}])
     ids, marks = list(encode_prompt(tokenizer, list(prompt))), []
     end = _ids(tokenizer, separator)
     for step, label in zip(steps, labels, strict=True):

@@ -39,7 +39,7 @@ def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Tra
     if getattr(job.stage.adapter, "quantize", None):
         model.is_loaded_in_4bit = False  # TRL would round the adapter of a quantised base to bfloat16
     common = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
-    trainer = _of_stage(job, _options(job, scratch), common)
+    trainer = _of_stage(job, training_options(job, scratch), common)
     trainer.job = job
     if isinstance(job.stage.adapter, AdaLoraConfig):
         trainer.add_callback(RankBudget(trainer.model))
@@ -83,12 +83,14 @@ def _sft(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
     return kind(args=args, data_collator=collator(job, common), **common)
 
 
-def _options(job: TrainJob, scratch: Path) -> dict[str, Any]:
+def training_options(job: TrainJob, scratch: Path) -> dict[str, Any]:
     """The training arguments all trainers share."""
     stage = job.stage
     share = stage.batch_size // stage.workers
     micro = stage.micro_batch_size or share
+    paged = getattr(stage.adapter, "quantize", None) and stage.resources.gpus  # moments can go to the host
     return {
+        **({"optim": "paged_adamw_32bit"} if paged else {}),
         "output_dir": str(scratch),
         "max_steps": job.steps,
         "per_device_train_batch_size": micro,

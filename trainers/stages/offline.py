@@ -187,6 +187,7 @@ class TeacherConfig(Config):
     """The model that a `distill` stage learns from: a folder with the student's own tokenizer."""
 
     path: str
+    """Relative to the recipe; `prepared://…` is what the recipe's script wrote."""
 
 
 class DistillStage(PackedStage):

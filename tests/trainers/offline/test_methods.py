@@ -139,6 +139,13 @@ def test_a_teacher_of_another_tokenizer_is_refused(tiny_model: Path, tmp_path: P
         read(tmp_path / "teachr")
 
 
+def test_a_step_with_a_control_token_is_refused(tiny_model: Path) -> None:
+    stage = ProcessRewardModelStage(**SHORT)
+    row = rows("stepwise", 1)[0] | {"completions": ["a <|im_end|>", "b"]}
+    with pytest.raises(InputError, match=r"contains the control token '<\|im_end\|>'"):
+        prove_stage(stage, [row], load_tokenizer(tiny_model)).require()
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

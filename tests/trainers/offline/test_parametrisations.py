@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter, ValidationError
+from raylign.cluster.config import Resources
 from raylign.cluster.weights import load_adapter
 from raylign.trainers.adapters import open_base, open_model
 from raylign.trainers.config import RunConfig
 from raylign.trainers.data.rows import kind_of_stage
 from raylign.trainers.offline.galore import GaloreAdamW, subspace
+from raylign.trainers.offline.hf_trainer import training_options
 from raylign.trainers.offline.worker import _write_outcome
 from raylign.trainers.stages import OfflineStage
 from raylign.trainers.stages.adapters import served_per_row, trains_all, virtual
@@ -181,6 +183,14 @@ def test_a_whole_head_beside_an_adapter_trains_and_leaves_its_embedding(
     before = open_base(tiny_model).get_input_embeddings().weight
     assert torch.equal(merged.get_input_embeddings().weight, before)
     assert not torch.equal(merged.get_output_embeddings().weight, before)
+
+
+def test_qlora_has_paged_moments_on_a_gpu_alone(tiny_model: Path, tmp_path: Path) -> None:
+    def optimizer(parametrisation: str, gpus: float) -> str | None:
+        stage = stage_of("sft", parametrisation).model_copy(update={"resources": Resources(gpus=gpus)})
+        return training_options(job(stage, tiny_model, tmp_path), tmp_path).get("optim")
+
+    assert [optimizer("qlora", 1), optimizer("qlora", 0), optimizer("lora", 1)] == ["paged_adamw_32bit", None, None]
 
 
 def test_lora_plus_learns_b_faster(tiny_model: Path, tmp_path: Path) -> None:

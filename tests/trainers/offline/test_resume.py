@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
+from raylign.cluster.rundir import RunDir
 from raylign.trainers.data.rows import kind_of_stage
 from raylign.trainers.offline.collators import packed_rows
+from raylign.trainers.offline.progress import Progress
 from raylign.trainers.stages import OfflineStage, SftStage
+from transformers import TrainerControl, TrainerState
 
 from .test_parametrisations import METHODS, PARAMETRISATIONS, stage_of
 from .worked import job, losses, rows, trainer_of
@@ -115,3 +118,15 @@ def test_activation_checkpointing_changes_no_loss(
 def test_virtual_tokens_are_not_packed() -> None:
     with pytest.raises(ValidationError, match=r"packing with adapter\.type prefix: .* only the first row would see"):
         SftStage.model_validate({"data": {"path": "x"}, "packing": True, "adapter": {"type": "prefix"}})
+
+
+def test_a_loss_that_is_no_number_names_its_rows_and_keeps_the_checkpoint_before(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    made = job(of("sft"), tiny_model, tmp_path)
+    progress = Progress(made, RunDir(tmp_path), 0, tokens=[1] * 3, order=[*range(6), 9, 7, 9, 8, 2, 3, *range(6)])
+    state, control = TrainerState(global_step=2), TrainerControl()
+    progress.on_log(None, state, control, logs={"loss": float("nan"), "grad_norm": 1.0})
+    assert "step 2 gave a loss of nan and a gradient of 1.0 on data rows 3, 4, 8, 9, 10:" in str(progress.error)
+    assert (control.should_training_stop, control.should_save) == (True, False)
+    assert RunDir(tmp_path).all_metrics() == []
