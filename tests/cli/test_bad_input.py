@@ -169,7 +169,7 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
     ),
     # data
     "no data file": (_edit("train.jsonl", "trian.jsonl"), ["no data file", "trian.jsonl", "did you mean train.jsonl?"]),
-    "a folder as data": (_edit("train.jsonl", "model"), ["model is a folder", "needs a file"]),
+    "a folder as data": (_edit("train.jsonl", "model"), ["model/config.json holds one dict", "a data file is a list of objects"]),
     "missing column": (_rows("train.jsonl", [{"question": 1}]), ["train.jsonl, row 1", "there are question", "map"]),
     "missing column later": (_rows("train.jsonl", [CONVERSATION, {}]), ["train.jsonl, row 2", "no column 'messages'"]),
     "mapped column": (
@@ -184,11 +184,11 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "nothing supervised": (
         _rows("train.jsonl", [CONVERSATION, SILENT]),
-        ["train.jsonl: stage sft, data row 2", "no supervised tokens", "no assistant message"],
+        ["train.jsonl, row 2: stage sft", "no supervised tokens", "no assistant message"],
     ),
     "too long": (
         _rows("train.jsonl", [LONG]),
-        ["train.jsonl: stage sft, data row 1", "more than max_length 1024", "truncate"],
+        ["train.jsonl, row 1: stage sft", "more than max_length 1024", "truncate"],
     ),
     # the model
     "no model folder": (_edit("./model", "./modle"), ["no model folder at", "modle", "did you mean model?"]),
