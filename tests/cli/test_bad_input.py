@@ -169,7 +169,10 @@ SPOILT: dict[str, tuple[Spoil, list[str]]] = {
     ),
     # data
     "no data file": (_edit("train.jsonl", "trian.jsonl"), ["no data file", "trian.jsonl", "did you mean train.jsonl?"]),
-    "a folder as data": (_edit("train.jsonl", "model"), ["model/config.json holds one dict", "a data file is a list of objects"]),
+    "a folder as data": (
+        _edit("train.jsonl", "model"),
+        ["model/config.json holds one dict", "a data file is a list of objects"],
+    ),
     "missing column": (_rows("train.jsonl", [{"question": 1}]), ["train.jsonl, row 1", "there are question", "map"]),
     "missing column later": (_rows("train.jsonl", [CONVERSATION, {}]), ["train.jsonl, row 2", "no column 'messages'"]),
     "mapped column": (
