@@ -6,13 +6,17 @@ from typing import Annotated
 import typer
 
 from .output import answer, print_json
-from .run import JsonOption
+from .run import JsonOption, StorageOption
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(help="The model folder that the adapters are on; of slerp, the first model.")],
-    others: Annotated[list[Path], typer.Argument(help="One adapter folder, several, or of slerp the second model.")],
+    base: Annotated[
+        Path, typer.Argument(help="A run's name, or the model folder that adapters are on; of slerp, the first model.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write; must not exist.")],
+    others: Annotated[
+        list[Path] | None, typer.Argument(help="Of a folder: an adapter folder, several, or of slerp the second model.")
+    ] = None,
     how: Annotated[
         str, typer.Option(help="base: into the base; slerp; or of adapters linear, svd, ties, dare_linear, …")
     ] = "base",
@@ -21,15 +25,22 @@ def merge(
     rank: Annotated[int | None, typer.Option(min=1, help="Of the result of an svd; the largest by default.")] = None,
     t: Annotated[float, typer.Option(help="Place of slerp between the first model (0) and the second (1).")] = 0.5,
     quantized: Annotated[bool, typer.Option(help="The adapter was trained on the base in NF4: add to that.")] = False,
+    storage: StorageOption = None,
     json: JsonOption = False,
 ) -> None:
     """Merge in float32 and write an ordinary folder, whole or not at all.
 
-    Example: raylign merge models/base runs/quickstart/adapters/0f3a… --out merged
+    Example: raylign merge quickstart --out merged
     """
     from ..cluster.errors import InputError
+    from ..trainers.finished_model import model_of
     from ..trainers.merging import combine_adapters, merge_into_base, slerp_models
 
+    if not others:
+        state = model_of(base, None, (storage or Path("runs")).resolve())
+        base, others = state.base, [state.adapter] if state.adapter else []
+    if not others:
+        raise InputError(f"{base} is whole: name what is to be merged with it")
     if how in ("base", "slerp") and len(others) > 1:
         raise InputError(
             f"--how {how} takes one folder beside the first, and there are {len(others)}: combine adapters first"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cluster.errors import InputError
 from .adapters import check_adapter, open_base, open_model
+from .online.metrics import repetition
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,12 +62,6 @@ def flags(found: dict[str, Any], alarm: float) -> list[str]:
     return [name for name, is_so in named.items() if is_so]
 
 
-def repeated(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of the n-grams of a text that stood in it before; 0 where it is shorter than that."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def _tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -116,4 +111,4 @@ def _repetition(model: Any, tokenizer: Any, tokens: int = 48) -> float:
         row = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
-    return repeated(row[0, ids.shape[1] :].tolist())
+    return repetition(row[0, ids.shape[1] :].numpy())

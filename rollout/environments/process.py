@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import pickle
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -16,7 +13,7 @@ from typing import Any
 from ...cluster.errors import InputError, RunFailed
 from ..config import EnvironmentConfig, ToolsConfig
 from ..rewards.functions import RewardError, RewardOverrun, load_named, one_line
-from ..rewards.process import GRACE_SECONDS, START_SECONDS, Child, die_after
+from ..rewards.process import GRACE_SECONDS, START_SECONDS, Child, die_after, live
 from .protocol import Environment, Message, Turn
 from .tools import ToolEnvironment
 
@@ -145,13 +142,7 @@ def checked(given: object) -> Turn:
 
 def serve(handle: int) -> None:
     """The child's life: load the environment, then answer until the parent closes the socket `handle`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    connection = Connection(handle)
-    try:
-        _serve(connection)
-    except (EOFError, ConnectionResetError, BrokenPipeError):
-        sys.stdout.flush()
-        os._exit(0)  # threads that the environment started must not keep this process
+    live(handle, _serve)
 
 
 def _serve(connection: Connection) -> None:

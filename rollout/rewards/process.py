@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -192,12 +192,16 @@ class Child:
 
 def serve(handle: int) -> None:
     """The child's life: load the reward, then answer until the parent closes the socket `handle`."""
+    live(handle, _serve)
+
+
+def live(handle: int, life: Callable[[Connection], None]) -> None:
+    """A child's life on the socket `handle`, until the parent closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    connection = Connection(handle)
     try:
-        _serve(connection)
+        life(Connection(handle))
     except (EOFError, ConnectionResetError, BrokenPipeError):
-        # The parent is gone or has closed. Threads that a reward started must not keep this process.
+        # The parent is gone or has closed. Threads that the user's code started must not keep this process.
         sys.stdout.flush()
         os._exit(0)
 

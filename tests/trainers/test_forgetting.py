@@ -6,7 +6,7 @@ import pytest
 import torch
 from raylign.cluster.errors import InputError
 from raylign.trainers.adapters import open_base
-from raylign.trainers.forgetting import GENERAL_TEXT, evaluate_folder, flags, repeated
+from raylign.trainers.forgetting import GENERAL_TEXT, evaluate_folder, flags
 
 from .test_adapters import moved, save
 
@@ -40,9 +40,3 @@ def test_flags_by_hand() -> None:
     bad = {"forgetting": 0.2, "repetition": 0.9, "held_out": {"loss": 3.0, "base_loss": 2.0}}
     assert flags(bad, 0.1) == ["forgetting", "diverging", "repetition"]
     assert flags(fine | {"held_out": {"loss": 0.001}}, 0.1) == ["loss_at_zero"]
-
-
-def test_repetition_by_hand() -> None:
-    assert repeated([1, 2, 3, 4, 5]) == 0
-    assert repeated([7] * 8) == pytest.approx(4 / 5)  # five 4-grams, one of its kind
-    assert repeated([1, 2]) == 0
