@@ -1,5 +1,6 @@
 """Every shipped recipe parses; those on real rows run through the whole pipeline on a tiny random model."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import run_recipe
 from raylign.trainers.recipe import load_recipe
 from raylign.trainers.stages import OnlineStage
+
+from ..rollout.rewards.http_service import Handler, serving
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -115,6 +118,44 @@ def test_the_calculator_calculates(expression: str, value: str) -> None:
 def test_the_calculator_takes_nothing_else(expression: str) -> None:
     with pytest.raises(ValueError, match=r"only numbers|more than 200"):
         load_named(f"{RECIPES}/calculator/tools.py:calculate", Path("/"), "tool")(expression)
+
+
+def test_code_and_a_judge_are_rewards_of_a_run(
+    shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
+) -> None:
+    """On real problems; the judge is a server that gives longer replies more, so that there is something to learn."""
+
+    def judge(handler: Handler, body: Any) -> None:
+        reply = body["messages"][0]["content"].rpartition("Reply: ")[2]
+        handler.reply({"choices": [{"message": {"content": f"Score: {len(reply) % 11}"}}]})
+
+    with gzip.open(shared_data / "code/HumanEval.jsonl.gz", "rt") as file:
+        rows = sorted(file, key=len)[:8]
+    (tmp_path / "code.jsonl").write_text("".join(rows))
+    with serving(judge) as service:
+        asked = f"{{type: judge, url: {service.url}/v1, model: m, principles: [Be long.], allow_private: true}}"
+        done, summary = run(
+            "code-grpo.yaml",
+            tmp_path,
+            f"model.path={tiny_model}",
+            f"stages.0.data.path={tmp_path / 'code.jsonl'}",
+            "stages.0.steps=2",
+            "stages.0.batch_size=16",
+            "stages.0.warmup_steps=0",
+            "stages.0.rollout.sampling.max_tokens=16",
+            "stages.0.rewards=[{type: code, entry_point: entry_point, prefix: prompt, timeout_seconds: 30}, "
+            f"{{type: length, max_tokens: 16, buffer: 8}}, {asked}]",
+            "serve=null",
+        )
+    assert summary["status"] == "succeeded"
+    metrics = done.all_metrics()
+    assert [m["step"] for m in metrics] == [0, 1]
+    assert len(service.asked) == 2 * 16
+    for found in metrics:
+        assert found["reward/mean"] == pytest.approx(
+            found["reward/code"] + found["reward/length"] + found["reward/judge"], abs=1e-6
+        )
+        assert found["reward/judge"] > 0
 
 
 def test_the_gsm8k_reward_reads_the_real_answers(shared_data: Path) -> None:
