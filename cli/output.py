@@ -24,4 +24,4 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    answer.print(table)
+    answer.print(table, width=None if answer.is_terminal else 1000)  # a pipe has no edge: nothing is cut for it

@@ -41,7 +41,7 @@ class Live:
     def post(self, path: str, body: object, **options: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, trust_env=False, timeout=60, **options)
 
-    def until_idle(self, seconds: float = 10) -> bool:
+    def until_idle(self, seconds: float = 60) -> bool:
         """Whether the engine comes to have no work within so many seconds."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -103,7 +103,7 @@ def test_the_scorer_weighs_it_beside_other_rewards(folder: Path) -> None:
         {"taste": expected[1], "format": 0.0},
     ]
     assert [s.reward for s in scored.samples] == [2 * expected[0] + 1, 2 * expected[1]]
-    assert list(scorer.counters()) == ["seconds"]
+    assert list(scorer.counters()) == ["seconds", "seconds/format", "seconds/taste"]  # and no errors
 
 
 def test_a_score_that_is_no_number_is_an_error_with_its_place(folder: Path, tmp_path: Path) -> None:
