@@ -24,4 +24,5 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    answer.print(table, width=None if answer.is_terminal else 1000)  # a pipe has no edge: nothing is cut for it
+    # a pipe has no edge: nothing is cut for it
+    (answer if answer.is_terminal else Console(width=1000)).print(table)
