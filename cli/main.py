@@ -15,6 +15,7 @@ VERBS = (
     "check",
     "status",
     "why",
+    "trace",
     "stop",
     "resume",
     "scale",
