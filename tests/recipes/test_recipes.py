@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from raylign.cluster.errors import InputError
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.weights import base_digest, load_adapter
 from raylign.rollout.config import MathReward
 from raylign.rollout.records import Group, Sample
 from raylign.rollout.rewards.functions import load_named
 from raylign.rollout.rewards.scorer import Scorer
+from raylign.rollout.sandbox.run import require
 from raylign.trainers.data.inputs import read_inputs
 from raylign.trainers.opening import open_run
 from raylign.trainers.pipeline import run_recipe
@@ -124,6 +126,10 @@ def test_code_and_a_judge_are_rewards_of_a_run(
     shared_data: Path, tiny_model: Path, ray_session: str, tmp_path: Path
 ) -> None:
     """On real problems; the judge is a server that gives longer replies more, so that there is something to learn."""
+    try:
+        require()
+    except InputError as error:
+        pytest.skip(str(error))
 
     def judge(handler: Handler, body: Any) -> None:
         reply = body["messages"][0]["content"].rpartition("Reply: ")[2]
