@@ -16,7 +16,7 @@ from .answers import ChatShape, CompletionShape, Head, Shape, usage
 from .api_errors import ApiError, bad_request, from_engine
 from .gate import Gate, respond
 from .keys import KeyRing
-from .openapi import RESPONSES
+from .openapi import RESPONSES, STREAMED
 from .pieces import Piece, join
 from .protocol import ChatRequest, CompletionRequest
 from .registry import Entry
@@ -41,14 +41,14 @@ def build_app(service: Service, keys: KeyRing) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(request: ChatRequest, http: Request) -> Response:
         entry = service.entry(request.model, http.state.key, request.user)
         prompt = service.prompts.chat(request.messages, request.offered)
         work = Work(entry=entry, prompts=[prompt], fields=request, key=http.state.key)
         return await _answer(service, work, ChatShape(service.prompts, request.logprobs), http)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(request: CompletionRequest, http: Request) -> Response:
         entry = service.entry(request.model, http.state.key, request.user)
         prompts = [service.prompts.text(prompt) for prompt in request.prompts]

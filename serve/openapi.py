@@ -20,6 +20,14 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with `stream` its pieces as server-sent events",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+}
+"""Of the routes that generate."""
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": description}
     for status, description in {

@@ -27,6 +27,12 @@ def document(served: Live) -> Any:
     return schemathesis.openapi.from_url(f"{served.url}/openapi.json")
 
 
+def test_what_generates_may_stream(document: Any) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        raw = document.raw_schema["paths"][path]["post"]["responses"]["200"]
+        assert raw["content"].keys() == {"application/json", "text/event-stream"}
+
+
 def test_every_operation_of_the_document_is_here(document: Any) -> None:
     found = {(result.ok().method.upper(), result.ok().path) for result in document.get_all_operations()}
     assert found == OPERATIONS.keys()
