@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from .live import Live
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is in the extra dev, not beside vLLM")
+
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from schemathesis import GenerationMode  # noqa: E402
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
 OPERATIONS = {
     ("POST", "/v1/chat/completions"): 150,
