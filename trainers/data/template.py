@@ -272,9 +272,10 @@ def _turn(
             f"messages[{index}]: the chat template rewrites this turn when later ones follow, at "
             f"{_difference(through, full)}: split the conversation after it, or use a template that keeps history"
         )
-    start = len(_ids(tokenizer, prompt))
-    end = len(_ids(tokenizer, through))
-    if _ids(tokenizer, prompt) != ids[:start] or _ids(tokenizer, through) != ids[:end]:
+    before = _ids(tokenizer, prompt)
+    said = ids if through is full else _ids(tokenizer, through)
+    start, end = len(before), len(said)
+    if before != ids[:start] or said != ids[:end]:
         raise InputError(
             f"messages[{index}]: the end of the prompt and the start of the answer merge into one token, so the "
             "training prompt is not the one that is served: end the generation prompt on a token boundary"
