@@ -73,11 +73,13 @@ def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], di
     from ..trainers.data.inputs import read_inputs
     from ..trainers.data.prepare import prepare
     from ..trainers.data.proof import render_mask
-    from ..trainers.launch import placement
+    from ..trainers.launch import placement, rooms
+    from ..trainers.plan.refusal import require_memory
 
     fits = placement(config)
     prepare(config, folder)
     inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+    require_memory(config, inputs, rooms(config))
     facts = {
         "data": [g.proof.facts() | {"sources": [s.facts() for s in g.sources]} for g in inputs.stages],
         "held_out": len(inputs.evaluation),

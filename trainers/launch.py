@@ -25,6 +25,7 @@ from .data.prepare import prepare
 from .interrupt import StopRequested, StopSignals, stop_if_asked
 from .pipeline import check_placement, conclude, demands, run_recipe
 from .plan import room
+from .plan.refusal import require_memory
 from .plan.room import Room
 from .publish import registry_root
 
@@ -85,6 +86,8 @@ def _prove(config: RunConfig, run: RunDir, signals: StopSignals, say: Say) -> In
     inputs = _in_thread(lambda: read_inputs(config, run.path, lambda _: stop_if_asked(run)), signals.check)
     for given in inputs.stages:
         given.proof.require()
+    if not address:
+        require_memory(config, inputs, [room.this_machine()])
     return inputs
 
 
@@ -112,6 +115,7 @@ def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSig
     say("connecting to Ray")
     with connect(config.cluster) as session:
         check_placement(config, offers())
+        require_memory(config, inputs, room.rooms_of_cluster())
         run.update_status(status="running", address=session.address, dashboard=session.dashboard_url)
         return _in_thread(lambda: run_recipe(config, run, inputs, say), signals.follow)
 

@@ -1,6 +1,7 @@
 """`raylign check --only plan|placement`: a config.json is enough, and what does not fit is refused with exit code 3."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,26 @@ def test_a_bad_config_is_one_line(raylign: Command, config_only: Path, tmp_path:
     ended = raylign("check", write(config_only, tmp_path), "--only", "plan")
     assert ended.code == 2
     assert "config.json" in ended.said
+
+
+def test_a_run_is_refused_where_its_memory_is_not_there(
+    raylign: Command, tiny_grpo: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = tiny_grpo("wide", stages__0__rollout__slots=500_000_000, cluster__cpus=8)
+    for verb in ("check", "run"):
+        ended = raylign(verb, recipe)
+        assert ended.code == 3, ended.err
+        assert "rollout needs" in ended.said
+        assert "lower rollout.slots" in ended.said
+    assert not (tmp_path / "runs" / "wide").exists()
+
+
+def test_rows_count_and_not_the_longest_that_a_recipe_would_take(
+    raylign: Command, tiny_model: Path, tmp_path: Path
+) -> None:
+    recipe = write(tiny_model, tmp_path)
+    spoken = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    (tmp_path / "none.jsonl").write_text(json.dumps({"messages": spoken}) + "\n")
+    allowed = "stages.0.max_length=2000000"
+    assert raylign("check", recipe, "--only", "plan", "--set", allowed).code == 3
+    assert raylign("check", recipe, "--set", allowed).code == 0
