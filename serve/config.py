@@ -1,6 +1,8 @@
 """The part of a recipe that speaks of serving. Imports neither ray nor torch."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, model_validator
 
 from ..cluster.config import Config, Name, Resources
 
@@ -33,6 +35,39 @@ class Guard(Config):
     """How long after a name has moved it is watched."""
 
 
+class Replicas(Config):
+    """How many replicas a service has, following its load between `min` and `max`.
+
+    A plain number in the recipe (`replicas: 2`) sets both. With `min: 0` none is left once nobody asks; the
+    next request waits until one is up again.
+    """
+
+    min: int = Field(default=1, ge=0)
+    max: int = Field(default=1, ge=1)
+    requests: int = Field(default=32, ge=1)
+    """How many requests at once a replica is meant to have; with more there will be another."""
+    idle_seconds: float = Field(default=300.0, ge=0)
+    """How long there must have been less to do before a replica is taken away."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"min": value, "max": value}
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min > self.max:
+            raise ValueError(f"needs min <= max, not {self.min} and {self.max}")
+        return self
+
+    @property
+    def start(self) -> int:
+        """How many a service begins with: one shows that it answers, also where none may be left later."""
+        return max(1, self.min)
+
+
 class ServeConfig(Config):
     """What a finished run serves and where it listens."""
 
@@ -43,7 +78,9 @@ class ServeConfig(Config):
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """0 takes a free port."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: Replicas = Replicas()
+    drain_seconds: float = Field(default=30.0, ge=0)
+    """How long a replica that leaves, for an update or since there is less to do, may take to finish its answers."""
     slots: int = Field(default=64, ge=8)
     """Rows a replica decodes at once."""
     max_length: int = Field(default=2048, ge=1)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..cluster.errors import DoesNotFit, InputError, RunFailed
 from ..cluster.placement import offers
 from ..cluster.planning import Demand, plan
-from .config import ServeConfig
+from .config import Replicas, ServeConfig
 from .keys import keys_path, read_keys
 from .registry import Registry
 from .replica import BuildEngine, ReplicaSpec, native_engine
@@ -19,6 +19,8 @@ from .replica import BuildEngine, ReplicaSpec, native_engine
 _MAX_ONGOING = 4096
 """Requests a replica takes at once: those that are too many for it, it refuses itself. Ray Serve's default is 5."""
 _POLL_SECONDS = 0.1
+_UPSCALE_SECONDS = 3.0
+"""How long there must be more to do before a replica is added: they take longer than that to start."""
 
 
 def start(
@@ -35,14 +37,15 @@ def start(
     """Serve a base model and every adapter of it in the registry; gives the URL (clients add `/v1`) once it answers.
 
     One Ray has one HTTP port: the first service takes its root, further ones get `/<name>`. A service of that name that
-    already runs is replaced. Raises `InputError` for a host other than loopback where there are no API keys, or a port
-    that is taken, `DoesNotFit` when replicas are larger than the cluster, or found no place within `timeout` seconds,
-    `RunFailed` when one failed. `tick` is called several times a second while it waits; what that raises ends the start
-    too. Whatever ends it, nothing of the service is left.
+    already runs is updated: new replicas answer before the old ones finish what they have and end. Raises `InputError`
+    for a host other than loopback where there are no API keys, or a port that is taken, `DoesNotFit` when replicas are
+    larger than the cluster, or found no place within `timeout` seconds, `RunFailed` when one failed. `tick` is called
+    several times a second while it waits; what that raises ends the start too. Whatever ends it, nothing of the service
+    is left, or where it ran before, its old replicas go on answering.
     """
     _quiet()
     _check_host(config.host, keys_path(registry))
-    plan([Demand("serve replica", config.replicas, config.resources.cpus, config.resources.gpus)], offers())
+    plan([Demand("serve replica", config.replicas.start, config.resources.cpus, config.resources.gpus)], offers())
     entry = Registry(registry).register_base(base)
     spec = ReplicaSpec(
         base=entry.digest,
@@ -56,6 +59,7 @@ def start(
     )
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)
+    updates = _runs(name)
     try:
         prefix = _deploy(name, _deployment(config, spec, build))
         host = f"[{config.host}]" if ":" in config.host else config.host
@@ -63,9 +67,17 @@ def start(
         _wait_until_running(name, config, deadline, tick)
         _wait_until_healthy(url, deadline, tick)
     except BaseException:
-        stop(name)
+        if not updates:
+            stop(name)
         raise
     return url
+
+
+def _runs(name: str) -> bool:
+    from ray import serve
+
+    there = serve.status().applications.get(name)
+    return there is not None and there.status == "RUNNING"
 
 
 def _quiet() -> None:
@@ -139,13 +151,29 @@ def _deployment(config: ServeConfig, spec: ReplicaSpec, build: BuildEngine) -> A
     deployed = serve.deployment(
         serve.ingress()(Replica),
         name="Replica",
-        num_replicas=config.replicas,
+        **_count(config.replicas),
         max_ongoing_requests=_MAX_ONGOING,
+        max_surge_percent=100,  # an update starts the new replicas before it drains the old ones
         ray_actor_options={"num_cpus": config.resources.cpus, "num_gpus": config.resources.gpus},
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.drain_seconds,
         max_constructor_retry_count=2,
     )
     return deployed.bind(spec, build)
+
+
+def _count(replicas: Replicas) -> dict[str, Any]:
+    """The number of replicas as Ray Serve takes it: one that stays, or the bounds in which it follows the load."""
+    if replicas.min == replicas.max:
+        return {"num_replicas": replicas.min}
+    bounds = {
+        "min_replicas": replicas.min,
+        "initial_replicas": replicas.start,
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": replicas.requests,
+        "upscale_delay_s": _UPSCALE_SECONDS,
+        "downscale_delay_s": replicas.idle_seconds,
+    }
+    return {"autoscaling_config": bounds}
 
 
 def _check_host(host: str, keys: Path) -> None:
@@ -213,8 +241,8 @@ def _wait_until_running(name: str, config: ServeConfig, deadline: float, tick: C
             raise RunFailed(f"service {name!r} did not start: {reason}")
         if time.monotonic() > deadline:
             raise DoesNotFit(
-                f"service {name!r} has no place: {config.replicas} replicas with {config.resources.cpus:g} CPUs and "
-                f"{config.resources.gpus:g} GPUs each; Ray Serve says: {reason}"
+                f"service {name!r} has no place: {config.replicas.start} replicas with {config.resources.cpus:g} CPUs "
+                f"and {config.resources.gpus:g} GPUs each; Ray Serve says: {reason}"
             )
         time.sleep(_POLL_SECONDS)
 

@@ -47,7 +47,7 @@ def serving(
             f"{registry} is served already, by process {there.pid} at {there.url} ({there.name}): "
             "end that one first, or ask it"
         )
-    cpus = max(1, math.ceil(config.replicas * config.resources.cpus))
+    cpus = max(1, math.ceil(config.replicas.max * config.resources.cpus))
     with connect(ClusterConfig(cpus=cpus), dashboard=False) as session:
         url = deploy.start(config, name=name, base=base, registry=registry, dtype=dtype)
         began = psutil.Process().create_time()
