@@ -12,8 +12,11 @@ from typing import Any
 
 import openai
 import pytest
+import ray
 from pydantic import ValidationError
 from ray.serve.context import _get_global_client  # pyright: ignore[reportPrivateUsage]
+from raylign.cluster.config import Resources
+from raylign.cluster.errors import DoesNotFit
 from raylign.serve.config import Replicas, ServeConfig
 from raylign.serve.deploy import start, stop
 
@@ -80,8 +83,7 @@ def test_an_update_under_load_fails_no_request(ray_session: str, shelf: Shelf) -
 
 @pytest.mark.slow
 def test_an_update_without_room_leaves_the_old_replica_answering(ray_session: str, shelf: Shelf) -> None:
-    import ray
-    
+
     room = int(ray.cluster_resources()["CPU"])
     with _service(shelf, replicas=1) as url:
         with pytest.raises(DoesNotFit, match="has no place"):
