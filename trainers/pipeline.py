@@ -64,7 +64,7 @@ def check_placement(config: RunConfig, nodes: Sequence[Offer]) -> None:
         plan(demands(stage), nodes)
     if config.serve:
         resources = config.serve.resources
-        plan([Demand("serve replica", config.serve.replicas, resources.cpus, resources.gpus)], nodes)
+        plan([Demand("serve replica", config.serve.replicas.start, resources.cpus, resources.gpus)], nodes)
 
 
 def demands(stage: StageConfig) -> list[Demand]:

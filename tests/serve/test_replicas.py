@@ -83,7 +83,6 @@ def test_an_update_under_load_fails_no_request(ray_session: str, shelf: Shelf) -
 
 @pytest.mark.slow
 def test_an_update_without_room_leaves_the_old_replica_answering(ray_session: str, shelf: Shelf) -> None:
-
     room = int(ray.cluster_resources()["CPU"])
     with _service(shelf, replicas=1) as url:
         with pytest.raises(DoesNotFit, match="has no place"):
