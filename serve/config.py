@@ -75,6 +75,9 @@ class ServeConfig(Config):
     """The name that is pointed at the run's last adapter, if that passes the evaluation."""
     tolerance: float = Field(default=0.0, ge=0, le=1)
     """How much lower a new model's accuracy may be than that of the model the alias points at."""
+    max_forgetting: float | None = Field(default=None, ge=0)
+    """How much the loss on general text may rise, in nats a token, for a new model to be promoted. Without a bound it
+    is only measured, and an alarm from 0.1 on."""
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65535)
     """0 takes a free port."""

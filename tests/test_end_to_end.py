@@ -120,6 +120,7 @@ def test_a_resumed_run_ends_with_everything(resumed: dict[str, Any], interrupted
     assert [(s["type"], s["steps"]) for s in resumed["stages"]] == [("cpt", 4), ("sft", 4), ("grpo", 60)]
     assert set(resumed["evaluation"]["models"]) == {"quickstart-base", "quickstart-sft", "quickstart-grpo"}
     assert resumed["evaluation"]["after"]["n"] == 16
+    assert isinstance(resumed["evaluation"]["forgetting"], float)
     assert resumed["served"]["model"] == "sums"
     assert resumed["promotion"]["promoted"]
     assert resumed["weights"]["version"] == 60

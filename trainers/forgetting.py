@@ -1,10 +1,12 @@
 """What a model gained on held-out text and lost on general text: losses with the adapter on and off, and red flags."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cluster.calls import get
+from ..cluster.config import Resources
 from ..cluster.errors import InputError
 from .adapters import check_adapter, open_base, open_model
 from .online.metrics import repetition
@@ -40,7 +42,8 @@ def evaluate_folder(
         if not (adapter / "adapter_config.json").is_file():
             raise InputError(f"{adapter} is no adapter folder: it has no adapter_config.json")
         check_adapter(adapter, base)
-    model = open_model(base, adapter, None, seed=0) if adapter else open_base(base)
+    model: Any = open_model(base, adapter, None, seed=0) if adapter else open_base(base)
+    model.to(_device())
     tokenizer = _tokenizer(base)
     found: dict[str, Any] = {"general": _measured(model, tokenizer, GENERAL_TEXT, length, bool(adapter))}
     if held_out:
@@ -48,6 +51,20 @@ def evaluate_folder(
     found["forgetting"] = found["general"]["loss"] - found["general"]["base_loss"] if adapter else None
     found["repetition"] = _repetition(model, tokenizer)
     return found | {"flags": flags(found, alarm)}
+
+
+def evaluate_on_ray(
+    base: Path, adapter: Path, resources: Resources, *, timeout: float, tick: Callable[[], None]
+) -> dict[str, Any]:
+    """`evaluate_folder` in a process that reserves what a replica does, since it holds the same model.
+
+    Raises as `cluster.calls.get` does, where it found no place within `timeout` seconds too.
+    """
+    import ray
+
+    measure = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(evaluate_folder)
+    what = "to measure what the model forgot"
+    return get(measure.remote(base, adapter), actor="evaluation", what=what, timeout=timeout, tick=tick)
 
 
 def flags(found: dict[str, Any], alarm: float) -> list[str]:
@@ -60,6 +77,12 @@ def flags(found: dict[str, Any], alarm: float) -> list[str]:
         "repetition": found["repetition"] > REPETITION,
     }
     return [name for name, is_so in named.items() if is_so]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tokenizer(base: Path) -> Any:
@@ -80,7 +103,7 @@ def _measured(model: Any, tokenizer: Any, texts: Sequence[str], length: int, ada
     model.eval()
     with torch.inference_mode():
         for text in texts:
-            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:length]])
+            ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"][:length]], device=model.device)
             if ids.shape[1] < 2:
                 continue
             logprobs_TV = _logprobs(model, ids)
@@ -106,9 +129,9 @@ def _repetition(model: Any, tokenizer: Any, tokens: int = 48) -> float:
     """How much a greedy continuation of the first general text repeats itself."""
     import torch
 
-    ids = torch.tensor([tokenizer(GENERAL_TEXT[0], add_special_tokens=False)["input_ids"][:16]])
+    ids = torch.tensor([tokenizer(GENERAL_TEXT[0], add_special_tokens=False)["input_ids"][:16]], device=model.device)
     with torch.inference_mode():
         row = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
-    return repetition(row[0, ids.shape[1] :].numpy())
+    return repetition(row[0, ids.shape[1] :].cpu().numpy())

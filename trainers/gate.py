@@ -36,6 +36,17 @@ def judge(
     return Verdict(passed=True, why=compared)
 
 
+def judge_forgetting(rise: float | None, most: float) -> Verdict:
+    """Whether the loss on general text rose, in nats a token, by no more than it may; one that is not known does not
+    pass."""
+    if rise is None:
+        return Verdict(passed=False, why=f"not shown to keep what it knew, and serve.max_forgetting is {most:g}")
+    said = f"the loss on general text rose by {rise:.3f} nats a token"
+    if rise > most:
+        return Verdict(passed=False, why=f"forgetful: {said}, and serve.max_forgetting is {most:g}")
+    return Verdict(passed=True, why=said)
+
+
 def questions_digest(rows: Sequence[Mapping[str, Any]], evaluation: EvaluationConfig, seed: int) -> str:
     """Of all that an evaluation's result depends on but the model: two results of one digest can be compared."""
     asked = evaluation.model_dump(mode="json", exclude={"data", "concurrency"})

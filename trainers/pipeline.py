@@ -25,7 +25,7 @@ from .memory import PeakMemory
 from .model_state import ModelState, StageOutcome, starting_model
 from .offline.stage import run_offline_stage
 from .online.stage import run_online_stage
-from .publish import promote, publish, serve_and_evaluate
+from .publish import measure_forgetting, promote, publish, serve_and_evaluate
 from .recipe import resolve_prepared
 from .report.build import write_report
 from .stages import OnlineStage, StageConfig
@@ -87,6 +87,7 @@ def run_recipe(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict
                 say("publishing")
                 names = publish(config, run, finished(run), inputs)
                 url, evaluation = serve_and_evaluate(config, run, inputs, names, say)
+                evaluation |= measure_forgetting(config, run, finished(run)[-1])
                 promotion = promote(config, run, names[-1], evaluation, inputs.evaluation)
     except StopRequested:
         return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")

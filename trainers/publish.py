@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cluster.errors import NotFound
+from ..cluster.errors import NotFound, RaylignError
 from ..cluster.rundir import RunDir
 from ..rollout.rewards.process import BoundedReward
 from ..serve import deploy
@@ -13,11 +13,15 @@ from ..serve.registry import Registry
 from .config import EvaluationConfig, RunConfig
 from .data.inputs import Inputs
 from .evaluation import evaluate
-from .gate import Verdict, digest_of, judge, questions_digest
+from .forgetting import ALARM, evaluate_on_ray
+from .gate import Verdict, digest_of, judge, judge_forgetting, questions_digest
 from .interrupt import stop_if_asked
 
 if TYPE_CHECKING:
     from .pipeline import Finished
+
+_MEASURE_SECONDS = 300.0
+"""How long losses on a few sentences may take, with the loading of the model."""
 
 
 def publish(config: RunConfig, run: RunDir, stages: "Sequence[Finished]", inputs: Inputs | None = None) -> list[str]:
@@ -64,6 +68,9 @@ def promote(
         verdict = judge(
             evaluation["after"], evaluation["before"], _incumbent(registry, alias), asked, config.serve.tolerance
         )
+    if verdict.passed and config.serve.max_forgetting is not None:
+        kept = judge_forgetting(evaluation.get("forgetting"), config.serve.max_forgetting)
+        verdict = Verdict(passed=kept.passed, why=f"{verdict.why}; {kept.why}" if kept.passed else kept.why)
     if verdict.passed:
         registry.promote(alias, digest, why=f"run {run.name}: {verdict.why}", evaluation=seen)
     run.event("promoted" if verdict.passed else "not_promoted", alias=alias, digest=digest, why=verdict.why)
@@ -80,6 +87,27 @@ def _incumbent(registry: Registry, alias: str) -> Move | None:
 def registry_root(run: RunDir) -> Path:
     """The registry that all runs of a storage share."""
     return run.path.parent / "registry"
+
+
+def measure_forgetting(config: RunConfig, run: RunDir, last: "Finished") -> dict[str, Any]:
+    """How much the loss on general text rose with the adapter that a run ends with, as `forgetting`; from `ALARM` on it
+    is an alarm. Empty where no adapter lies on the base, or it could not be measured, which changes no result."""
+    assert config.serve is not None, "only a run that serves measures"
+    if not last.adapter:
+        return {}
+    resources, seconds = config.serve.resources, config.cluster.wait_seconds + _MEASURE_SECONDS
+    try:
+        found = evaluate_on_ray(
+            Path(last.base), Path(last.adapter), resources, timeout=seconds, tick=lambda: stop_if_asked(run)
+        )
+    except RaylignError as error:
+        run.event("forgetting_not_measured", reason=str(error))
+        return {}
+    if found["forgetting"] > ALARM:
+        saw = f"the loss on general text rose by {found['forgetting']:.3f} nats a token"
+        tries = "a lower learning rate, fewer steps, or general rows in the data (mixture)"
+        run.event("alarm", stage=last.name, step=last.steps, alarm="forgetting", saw=saw, **{"try": tries})
+    return {"forgetting": found["forgetting"]}
 
 
 def serve_and_evaluate(

@@ -11,7 +11,7 @@ from raylign.serve.registry import Registry
 from raylign.trainers.adapters import export_weights, open_model
 from raylign.trainers.config import RunConfig
 from raylign.trainers.pipeline import Finished
-from raylign.trainers.publish import promote, publish, registry_root
+from raylign.trainers.publish import measure_forgetting, promote, publish, registry_root
 from raylign.trainers.stages import LoraConfig
 
 
@@ -95,3 +95,55 @@ def test_other_questions_are_compared_with_where_the_stage_began(published: tupl
     assert not _end(config, storage, "new", before=0.3, after=0.2, rows="b")["promoted"]
     assert registry.resolve("best") == registry.resolve("old")
     assert _end(config, storage, "new", before=0.2, after=0.3, rows="b")["promoted"]
+
+
+def test_a_model_that_forgot_too_much_does_not_pass(published: tuple[RunConfig, Path, Registry]) -> None:
+    config, storage, registry = published
+    assert config.serve
+    strict = config.model_copy(update={"serve": config.serve.model_copy(update={"max_forgetting": 0.2})})
+    run = RunDir(storage / "run-forgetful")
+    run.path.mkdir()
+    better = {"before": _scores(0.1), "after": _scores(0.6)}
+    said = promote(strict, run, "old", better | {"forgetting": 0.25}, [])
+    assert (said["promoted"], said["why"]) == (
+        False,
+        "forgetful: the loss on general text rose by 0.250 nats a token, and serve.max_forgetting is 0.2",
+    )
+    assert "not shown to keep what it knew" in promote(strict, run, "old", better, [])["why"]
+    assert registry.aliases().get("best") is None
+    assert promote(strict, run, "old", better | {"forgetting": 0.2}, [])["promoted"]
+    assert promote(config, run, "new", better | {"forgetting": 9.0}, [])["promoted"], "without a bound it is an alarm"
+
+
+def test_what_an_adapter_forgot_is_measured_at_the_end_of_a_run(
+    tiny_model: Path, tmp_path: Path, ray_session: str
+) -> None:
+    """An adapter of ten times its random weights ruins what the base knew; none at all changes nothing."""
+    model = open_model(tiny_model, None, LoraConfig(r=4), seed=1)
+    tensors, peft = export_weights(model)
+    ruined = {name: weight + 10.0 if "lora_B" in name else weight for name, weight in tensors.items()}
+    config = RunConfig.model_validate(
+        {
+            "name": "forgets",
+            "model": {"path": str(tiny_model)},
+            "stages": [{"type": "sft", "data": {"path": "rows.jsonl"}}],
+            "serve": {"alias": "best", "resources": {"cpus": 0.5}},
+        }
+    )
+
+    def ended(name: str, weights: Any) -> tuple[RunDir, dict[str, Any]]:
+        digest, adapter = save_adapter(tmp_path / "adapters", weights, peft, {"base_digest": base_digest(tiny_model)})
+        run = RunDir(tmp_path / name)
+        run.path.mkdir()
+        last = Finished("sft", "sft", 7, 1.0, {}, str(tiny_model), str(adapter), digest=digest)
+        return run, measure_forgetting(config, run, last)
+
+    run, found = ended("fresh", tensors)
+    assert found == {"forgetting": pytest.approx(0.0, abs=1e-6)}
+    assert not run.events("alarm")
+    run, found = ended("ruined", ruined)
+    assert found["forgetting"] > 0.1
+    (alarm,) = run.events("alarm")
+    assert (alarm["stage"], alarm["step"], alarm["alarm"]) == ("sft", 7, "forgetting")
+    whole = Finished("cpt", "cpt", 7, 1.0, {}, str(tiny_model), None)
+    assert measure_forgetting(config, run, whole) == {}
