@@ -12,6 +12,9 @@ from .progress import progress_of
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: stages.1.learning_rate=1e-5.")]
 StorageOption = Annotated[Path | None, typer.Option(help="Where run directories live; the recipe's, else ./runs.")]
+MaxHoursOption = Annotated[
+    float | None, typer.Option(min=0.0, help="Stop after so long, with a checkpoint; `resume` goes on.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
 
 
@@ -21,6 +24,7 @@ def run(
     storage: StorageOption = None,
     set_: SetOption = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster, host:port; a local Ray by default.")] = None,
+    max_hours: MaxHoursOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on if a run of that name is there.")] = False,
     keep_source: Annotated[
         bool, typer.Option("--keep-source", hidden=True, help="Copy the recipe's folder into the run and use the copy.")
@@ -39,6 +43,7 @@ def run(
     overrides = list(set_ or [])
     overrides += [f"name={name}"] if name else []
     overrides += [f"cluster.address={address}"] if address else []
+    overrides += [f"controller.max_hours={max_hours}"] if max_hours else []
     config = load_recipe(recipe, overrides)
 
     if prove_resume:

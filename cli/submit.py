@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import answer, notes, print_json
-from .run import JsonOption, SetOption
+from .run import JsonOption, MaxHoursOption, SetOption
 
 if TYPE_CHECKING:
     from ..cluster.jobs import Job
@@ -20,6 +20,7 @@ def submit(
     storage: Annotated[str | None, typer.Option(help="Where the run writes; ./runs on this machine.")] = None,
     set_: SetOption = None,
     wheel: Annotated[Path | None, typer.Option(help="A wheel of raylign, where the cluster has none.")] = None,
+    max_hours: MaxHoursOption = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the log until the run ends.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -41,7 +42,8 @@ def submit(
     place = job_storage(storage, address)
     if wheel and not wheel.is_file():
         raise InputError(f"no wheel at {wheel}: build one with `python -m build --wheel`")
-    sets = [*(set_ or []), *_sets_for_the_job(config, recipe, overrides, address)]
+    limits = [f"controller.max_hours={max_hours}"] if max_hours else []
+    sets = [*(set_ or []), *limits, *_sets_for_the_job(config, recipe, overrides, address)]
     job, new = _send(config.name, recipe, address, place, sets, wheel)
     _print(job, new, address, place, json=json)
     if follow:

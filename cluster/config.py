@@ -108,6 +108,8 @@ class ControllerConfig(Config):
     """How long to wait before that; twice as long each further time, a minute at most."""
     hang_seconds: float = Field(default=60.0, gt=0)
     """How long it may be suspended before it counts as dead."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """How long a run may work before it is stopped, with a checkpoint; a resumed one has as long again."""
 
 
 class ClusterConfig(Config):

@@ -70,3 +70,9 @@ def entrypoint(recipe: str, run: str, storage: str, overrides: Sequence[str]) ->
     flags = ["--name", run, "--storage", storage, "--resume", "--keep-source"]
     sets = [part for override in overrides for part in ("--set", override)]
     return shlex.join(["python", "-m", "raylign.cli", "run", recipe, *flags, *sets])
+
+
+def resume_entrypoint(run: str, storage: str, max_hours: float | None) -> str:
+    """The command of a job that goes on with a run which is in its storage, on the job's own cluster."""
+    flags = ["--storage", storage, *(["--max-hours", str(max_hours)] if max_hours else [])]
+    return f'{shlex.join(["python", "-m", "raylign.cli", "resume", run, *flags])} --address "$RAY_ADDRESS"'

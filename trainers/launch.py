@@ -22,7 +22,8 @@ from ..serve.registry import Registry
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs, read_inputs
 from .data.prepare import prepare
-from .interrupt import StopRequested, StopSignals, stop_if_asked
+from .interrupt import StopRequested, StopSignals, asked, stop_if_asked
+from .notices import Notices, deadline_of
 from .pipeline import check_placement, conclude, demands, run_recipe
 from .plan import room
 from .plan.refusal import require_memory
@@ -47,16 +48,17 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALON
     any that is stopped.
     """
     config = config.model_copy(update={"name": run.name})
-    with run.hold(), StopSignals(run, say).taken() as signals, _log_to(run):
-        before = run.status()
+    before = run.status()
+    notices = Notices(deadline_of(run, config.controller.max_hours, again=attempt.again))
+    with run.hold(), StopSignals(run, say, notices).taken() as signals, _log_to(run):
         try:
             if not attempt.again:
-                run.desire(stop=False, rollout=None, reward=None)
+                run.desire(stop=False, why="", rollout=None, reward=None)
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             run.update_status(run=run.name, status="preparing", reason="", **here)
             inputs = _prove(config, run, signals, say)
         except StopRequested:
-            return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")
+            return conclude(config, run, "stopped", asked(run))
         except BaseException:
             _withdraw(run, before)
             raise

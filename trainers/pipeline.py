@@ -20,7 +20,7 @@ from ..rollout.config import ModelReward, RewardConfig, RewardModelSource
 from ..rollout.rewards.functions import reward_name
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs
-from .interrupt import StopRequested, stop_if_asked
+from .interrupt import StopRequested, asked, stop_if_asked
 from .memory import PeakMemory
 from .model_state import ModelState, StageOutcome, starting_model
 from .offline.stage import run_offline_stage
@@ -90,7 +90,7 @@ def run_recipe(config: RunConfig, run: RunDir, inputs: Inputs, say: Say) -> dict
                 evaluation |= measure_forgetting(config, run, finished(run)[-1])
                 promotion = promote(config, run, names[-1], evaluation, inputs.evaluation)
     except StopRequested:
-        return conclude(config, run, "stopped", f"asked to stop: `raylign resume {run.argument}` goes on")
+        return conclude(config, run, "stopped", asked(run))
     reason, served = "", None
     if promotion and promotion["promoted"]:
         served = {"model": promotion["alias"], "url": url}

@@ -13,34 +13,15 @@ from typing import Any
 
 import psutil
 import pytest
-from raylign.cluster.auth import refresh_ray
 from raylign.cluster.errors import ClusterUnreachable, InputError, NotFound
 from raylign.cluster.jobs import Jobs
 from raylign.cluster.local import LocalCluster, down, find, up
 from raylign.cluster.rundir import RunDir
 from raylign.cluster.submission import Submission
 
+from .commands import free_port, raylign, wait_until
+
 pytestmark = pytest.mark.multinode
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home of its own: the token and the state of clusters."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in os.environ if n.startswith("RAY_")]:
-            patch.delenv(name)
-        patch.setenv("RAYLIGN_HOME", str(folder / "raylign"))
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        yield folder
-    refresh_ray()  # this process's own Ray asks for no token
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +30,6 @@ def cluster(home: Path) -> Iterator[LocalCluster]:
     yield started
     if find("test"):
         down("test")
-
-
-def raylign(*arguments: str | Path, home: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "raylign.cli", *map(str, arguments)]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120)
-    assert done.returncode == code, done.stderr
-    return done
 
 
 def wait_for(jobs: Jobs, submission_id: str, status: str, seconds: float = 60) -> None:
@@ -212,15 +186,6 @@ def test_a_job_whose_controller_is_killed_ends_as_if_it_had_not_been(
     assert [e["reason"] for e in killed.events("controller_lost")] == ["it was ended by SIGKILL"]
     assert (killed.summary()["status"], killed.summary()["restarts"]) == ("succeeded", 1)
     assert killed.summary()["weights"] == calm.summary()["weights"]
-
-
-def wait_until(what: str, holds: Callable[[], bool], run: RunDir, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        status = run.status()
-        assert status.get("status") != "failed", f"failed before {what}: {status}"
-        assert time.monotonic() < deadline, f"no sign that {what}: {status}"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("script", "status", "code"), [("exit 4", "failed", 4), ("true", "succeeded", 0)])
