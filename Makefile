@@ -14,8 +14,9 @@ install: .venv/.installed
 quickstart: install
 	$(BIN)/raylign run recipes/quickstart.yaml
 
+# Two files of tests side by side, each process with a Ray of its own.
 test: install
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 
 test-slow: install
 	$(BIN)/pytest -m slow
