@@ -44,24 +44,14 @@ def start(
     is left, or where it ran before, its old replicas go on answering.
     """
     _quiet()
-    _check_host(config.host, keys_path(registry))
+    _check_host(config.host, registry)
     plan([Demand("serve replica", config.replicas.start, config.resources.cpus, config.resources.gpus)], offers())
     entry = Registry(registry).register_base(base)
-    spec = ReplicaSpec(
-        base=entry.digest,
-        registry=registry.resolve(),
-        slots=config.slots,
-        max_length=config.max_length,
-        dtype=dtype,
-        device="cuda" if config.resources.gpus else "cpu",
-        limits=config.limits,
-        rollback=config.rollback,
-    )
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)
     updates = _runs(name)
     try:
-        prefix = _deploy(name, _deployment(config, spec, build))
+        prefix = _deploy(name, service_of(config, base=entry.digest, registry=registry, dtype=dtype, build=build))
         host = f"[{config.host}]" if ":" in config.host else config.host
         url = f"http://{host}:{port}{prefix.rstrip('/')}"
         _wait_until_running(name, config, deadline, tick)
@@ -143,11 +133,29 @@ def _get_controller() -> Any:
         return None
 
 
-def _deployment(config: ServeConfig, spec: ReplicaSpec, build: BuildEngine) -> Any:
+def service_of(
+    config: ServeConfig,
+    *,
+    base: str,
+    registry: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    build: BuildEngine = native_engine,
+) -> Any:
+    """The service of a registered base, by its digest, as Ray Serve deploys it."""
     from ray import serve
 
     from .replica import Replica
 
+    spec = ReplicaSpec(
+        base=base,
+        registry=registry.resolve(),
+        slots=config.slots,
+        max_length=config.max_length,
+        dtype=dtype,
+        device="cuda" if config.resources.gpus else "cpu",
+        limits=config.limits,
+        rollback=config.rollback,
+    )
     deployed = serve.deployment(
         serve.ingress()(Replica),
         name="Replica",
@@ -176,15 +184,22 @@ def _count(replicas: Replicas) -> dict[str, Any]:
     return {"autoscaling_config": bounds}
 
 
-def _check_host(host: str, keys: Path) -> None:
+def _check_host(host: str, registry: Path) -> None:
     try:
         loopback = host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback and not read_keys(keys):
+    if not loopback:
+        require_keys(registry, f"serve.host {host!r} is not loopback")
+
+
+def require_keys(registry: Path, because: str = "the service listens on a network") -> None:
+    """Raise `InputError` where a registry's service has no API keys."""
+    keys = keys_path(registry)
+    if not read_keys(keys):
         raise InputError(
-            f"serve.host {host!r} is not loopback, and there are no API keys in {keys}: make one with "
-            "`raylign keys add NAME`, or listen on 127.0.0.1"
+            f"{because}, and there are no API keys in {keys}: make one with `raylign keys add NAME`, or listen on "
+            "127.0.0.1"
         )
 
 

@@ -24,6 +24,13 @@ def outside_paths(config: RunConfig, folder: Path) -> dict[str, str]:
     return {key: text for key, text in leaves if Path(text).is_absolute() and root not in Path(text).parents}
 
 
+def paths_inside(config: RunConfig, folder: Path) -> list[str]:
+    """The files and folders in its folder that a recipe names; of `file.py:function` the file."""
+    leaves = _leaves(config.model_dump(mode="json", exclude_unset=True), "")
+    files = [text.rpartition(":")[0] if ".py:" in text else text for _, text in leaves]
+    return [file for file in files if Path(file).is_absolute() and folder.resolve() in Path(file).parents]
+
+
 def paths_as_written(recipe: Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     """The paths of a recipe file as its author wrote them, by their key; overrides win."""
     written = dict(_leaves(yaml.safe_load(recipe.read_text()), ""))

@@ -241,7 +241,7 @@ def test_with_keys_another_host_is_taken_and_rays_http_asks_for_one(
     registry = Registry(tmp_path / "registry")
     shutil.copytree(shelf.registry.root, registry.root)
     secret = add_key(keys_path(registry.root), "me", models=("first",))
-    _check_host("0.0.0.0", keys_path(registry.root))
+    _check_host("0.0.0.0", registry.root)
     config = ServeConfig(alias="first", slots=8, max_length=64, limits=Limits(body_bytes=2000))
     locked = start(config, name="locked", base=Path(shelf.base.path), registry=registry.root)
     try:
