@@ -18,6 +18,7 @@ VERBS = (
     "trace",
     "stop",
     "resume",
+    "sweep",
     "scale",
     "submit",
     "logs",

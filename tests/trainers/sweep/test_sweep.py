@@ -22,7 +22,6 @@ stages:
     data: {{path: rows.jsonl}}
     steps: {steps}
     batch_size: 4
-    log_every: 1
 """
 
 
@@ -54,7 +53,7 @@ def test_the_learning_rate_that_learns_is_found_and_a_run_that_fails_fails_alone
     assert (facts["metric"], facts["mode"]) == ("loss", "min")
     best, *others = facts["trials"]
     assert best["values"] == {"stages.0.learning_rate": 1e-2}
-    assert (best["run"], best["status"], best["step"]) == (facts["best"], "finished", 11)
+    assert (best["run"], best["status"], best["step"]) == (facts["best"], "finished", 12)
     assert all(trial["best"] > best["best"] for trial in others)
     storage = Path(facts["storage"])
     assert RunDir.find(storage, best["run"]).summary()["status"] == "succeeded"
@@ -83,6 +82,6 @@ def test_an_interrupted_sweep_goes_on(tiny_model: Path, tmp_path: Path) -> None:
     out, err = again.communicate(timeout=400)
     assert again.returncode == 0, err
     (trial,) = json.loads(out)["trials"]
-    assert (trial["status"], trial["step"]) == ("finished", 399)
+    assert (trial["status"], trial["step"]) == ("finished", 400)
     assert len(run.events("run_began")) == 2
-    assert 0 < done < 399
+    assert 0 < done < 400
