@@ -15,6 +15,7 @@ from ..cluster.config import ClusterConfig
 from ..cluster.errors import InputError, NotFound
 from ..cluster.rundir import write_atomically
 from ..cluster.session import connect
+from ..cluster.versions import require_equal
 from .config import ServeConfig
 
 
@@ -49,6 +50,8 @@ def serving(
         )
     cpus = max(1, math.ceil(config.replicas.max * config.resources.cpus))
     with connect(ClusterConfig(cpus=cpus), dashboard=False) as session:
+        if not session.local:
+            require_equal()
         url = deploy.start(config, name=name, base=base, registry=registry, dtype=dtype)
         began = psutil.Process().create_time()
         said = Announcement(name=name, url=url, pid=os.getpid(), started=began)

@@ -18,6 +18,7 @@ from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
 from ..cluster.supervisor import Attempt
+from ..cluster.versions import require_equal
 from ..serve.registry import Registry
 from .config import RunConfig, stage_name
 from .data.inputs import Inputs, read_inputs
@@ -116,6 +117,9 @@ def _withdraw(run: RunDir, before: dict[str, Any]) -> None:
 def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSignals, say: Say) -> dict[str, Any]:
     say("connecting to Ray")
     with connect(config.cluster) as session:
+        if not session.local:
+            for said in require_equal():
+                say(said)
         check_placement(config, offers())
         require_memory(config, inputs, room.rooms_of_cluster())
         run.update_status(status="running", address=session.address, dashboard=session.dashboard_url)
