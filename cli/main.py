@@ -16,6 +16,8 @@ VERBS = (
     "status",
     "why",
     "trace",
+    "top",
+    "report",
     "stop",
     "resume",
     "sweep",

@@ -99,7 +99,8 @@ def _headline(run: RunDir, summary: Record, status: Record, metrics: list[Record
         ("Served as", served.get("model")),
     ]
     cards = "".join(card(label, str(value)) for label, value in facts if value is not None)
-    reason = f'<p class="reason">{escape(str(summary["reason"]))}</p>' if summary.get("reason") else ""
+    why = summary.get("reason") or status.get("reason")
+    reason = f'<p class="reason">{escape(str(why))}</p>' if why else ""
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return (
         f"<header><h1>{escape(run.name)} {badge(state)}</h1>"
