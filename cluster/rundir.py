@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, NotFound
+from . import wishes
+from .auth import token_file
+from .errors import ClusterUnreachable, InputError, NotFound
 
 FINAL = ("succeeded", "failed", "stopped")
 
@@ -104,6 +106,7 @@ class RunDir:
         """Whether this process made the directory, and so may take it away again."""
         self._lock = threading.Lock()
         self._holds = False
+        self._refused: dict[str, Any] = {}
 
     @classmethod
     def find(cls, storage: Path, name: str) -> "RunDir":
@@ -215,19 +218,36 @@ class RunDir:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _merge(self, file: str, fields: dict[str, Any]) -> dict[str, Any]:
+    def desire(self, **fields: Any) -> dict[str, Any]:
+        """Ask something of the run: `rollout=4`, `stop=True`; signed (see `wishes`).
+
+        Raises `ClusterUnreachable` where the run's cluster has another token than this user.
+        """
+        if (asked := self.status().get("control")) and asked != wishes.proof(self.name):
+            raise ClusterUnreachable(
+                f"run {self.name!r} listens to those with its cluster's token: put that into {token_file()}, or set "
+                "RAY_AUTH_TOKEN_PATH to a file that holds it"
+            )
         with self._alone():
-            merged = self._read(file) | fields
-            write_atomically(self.path / file, json.dumps(merged, indent=1))
+            before = self._read("desired.json")
+            merged = (wishes.without_signature(before) if wishes.valid(self.name, before) else {}) | fields
+            write_atomically(self.path / "desired.json", json.dumps(wishes.signed(self.name, merged), indent=1))
         return merged
 
-    def desire(self, **fields: Any) -> dict[str, Any]:
-        """Ask something of the run: `rollout=4`, `stop=True`."""
-        return self._merge("desired.json", fields)
-
     def desired(self) -> dict[str, Any]:
-        """What has been asked of the run."""
-        return self._read("desired.json")
+        """What has been asked of the run by those who may; other wishes are noted (event `wish_refused`) and empty."""
+        written = self._read("desired.json")
+        if wishes.valid(self.name, written) or not written:
+            return wishes.without_signature(written)
+        if written != self._refused:
+            self._refused = written
+            self.event("wish_refused", reason="it is not signed with the cluster's token")
+        return {}
+
+    def listen(self) -> None:
+        """Begin to take wishes, from those who have the token that this process has, and forget earlier ones."""
+        self.update_status(control=wishes.proof(self.name))
+        self.desire(stop=False, why="", rollout=None, reward=None)
 
     def update_status(self, **fields: Any) -> None:
         """Say where the run is: `status, stage, step, steps, workers, metrics, …`.

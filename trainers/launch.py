@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..cluster.auth import ask_for_token
 from ..cluster.errors import InputError, RaylignError, RunFailed
 from ..cluster.placement import offers
 from ..cluster.planning import Offer, amount
@@ -54,7 +55,8 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALON
     with run.hold(), StopSignals(run, say, notices).taken() as signals, _log_to(run):
         try:
             if not attempt.again:
-                run.desire(stop=False, why="", rollout=None, reward=None)
+                ask_for_token(make=not cluster_address(config))  # a local Ray will: what is asked before it counts too
+                run.listen()
             here = {"pid": os.getpid(), "host": socket.gethostname()}
             run.update_status(run=run.name, status="preparing", reason="", **here)
             inputs = _prove(config, run, signals, say)
