@@ -35,6 +35,7 @@ def up(
     cpus_per_node: Annotated[int | None, typer.Option(min=1, help="CPUs a node here offers; the machine's.")] = None,
     port: Annotated[int, typer.Option(min=1024, max=65535, help="The port of the dashboard and jobs API.")] = 8265,
     name: NameOption = "local",
+    tls: Annotated[bool, typer.Option("--tls", help="Nodes here and their drivers speak TLS.")] = False,
     kuberay: Annotated[bool, typer.Option("--kuberay", help="A resource of KubeRay's, sized by --recipe.")] = False,
     kind: Annotated[Kind, typer.Option(help="KubeRay: which resource.")] = Kind.JOB,
     ray: Annotated[Provider | None, typer.Option(help="A configuration for `ray up`, sized by --recipe.")] = None,
@@ -66,7 +67,9 @@ def up(
     if sum((local, kuberay, ray is not None)) != 1:
         raise InputError("where: add --local, --kuberay or --ray aws|gcp|hosts")
     if local:
-        return _local(nodes, cpus_per_node, port, name, json=json)
+        return _local(nodes, cpus_per_node, port, name, tls, json=json)
+    if tls:
+        raise InputError("--tls makes certificates for nodes of this machine; docs/operations.md shows it for others")
     if recipe is None:
         raise InputError("what for: give --recipe, whose roles size the cluster")
     from ..trainers.manifests import Options, manifests
@@ -95,22 +98,33 @@ def up(
     answer.print(as_yaml(made), end="", markup=False, highlight=False)
 
 
-def _local(nodes: int, cpus_per_node: int | None, port: int, name: str, *, json: bool) -> None:
+def _local(nodes: int, cpus_per_node: int | None, port: int, name: str, encrypted: bool, *, json: bool) -> None:
     from ..cluster.local import up as start
+    from ..cluster.tls import variables
 
     with notes.status("starting") as shown:
         cluster = start(
-            nodes, cpus_per_node=cpus_per_node, port=port, name=name, say=lambda text: shown.update(f"starting {text}")
+            nodes,
+            cpus_per_node=cpus_per_node,
+            port=port,
+            name=name,
+            encrypted=encrypted,
+            say=lambda text: shown.update(f"starting {text}"),
         )
+    needed = variables(Path(cluster.tls)) if cluster.tls else {}
     if json:
         facts = asdict(cluster)
-        print_json({key: facts[key] for key in ("name", "nodes", "cpus_per_node", "address", "jobs_url", "token_file")})
+        told = ("name", "nodes", "cpus_per_node", "address", "jobs_url", "token_file")
+        print_json({key: facts[key] for key in told} | {"environment": needed})
         return
+    exports = " ".join(f"{name}={value}" for name, value in needed.items())
+    tls_line = f"drivers need:  export {exports}\n" if needed else ""
     answer.print(
         f"{cluster.nodes} nodes with {cluster.cpus_per_node} CPUs each are up at {cluster.address}\n"
         f"submit to it:  raylign submit RECIPE --address {cluster.jobs_url}\n"
         f"look at it:    RAY_AUTH_MODE=token RAY_ADDRESS={cluster.jobs_url} ray list actors\n"
         f"its token:     {cluster.token_file}\n"
+        f"{tls_line}"
         f"end it:        raylign down{'' if name == 'local' else f' --name {name}'}",
         highlight=False,
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from . import tls
 from .auth import ask_for_token, ensure_token, token_file
 from .errors import InputError, NotFound, RunFailed
 from .processes import MARK, Started, end, members, started
@@ -41,6 +42,8 @@ class LocalCluster:
     cpus_per_node: int
     jobs_url: str
     token_file: str
+    tls: str = ""
+    """The folder of its certificates, where its nodes speak TLS."""
     address: str = ""
     processes: tuple[Started, ...] = ()
 
@@ -62,28 +65,35 @@ def up(
     cpus_per_node: int | None = None,
     port: int = 8265,
     name: str = "local",
+    encrypted: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> LocalCluster:
     """Start a cluster of `nodes` nodes, its dashboard and jobs API on 127.0.0.1:`port`, behind a token.
 
-    Each node offers `cpus_per_node` CPUs, the machine's by default. `say` is told of each step. Raises `InputError`
+    Each node offers `cpus_per_node` CPUs, the machine's by default; where `encrypted`, what they say to each other and
+    to drivers goes over TLS, by certificates made for them (see `tls`). `say` is told of each step. Raises `InputError`
     if a cluster of that name runs or the port is taken, `RunFailed` with Ray's last words if a node does not start.
     """
     _refuse_second(name)
     _require_free(port)
     ask_for_token(make=True)
     ensure_token()
+    folder = _short_folder()
     cluster = LocalCluster(
         name=name,
         mark=uuid.uuid4().hex,
-        folder=_short_folder(),
+        folder=folder,
         nodes=nodes,
         cpus_per_node=cpus_per_node or os.cpu_count() or 1,
         jobs_url=f"http://127.0.0.1:{port}",
         token_file=str(token_file()),
+        tls=str(Path(folder) / "tls") if encrypted else "",
     )
     _save(cluster)
     try:
+        if encrypted:
+            hosts = [host for number in range(nodes) if (host := loopback_host(2 + number))]
+            tls.make(Path(cluster.tls), ["127.0.0.1", "localhost", socket.gethostname(), *hosts])
         return _start(cluster, port, say)
     except BaseException:
         _remove(cluster)
@@ -181,6 +191,7 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "DASHBOARD_METRIC_PORT": str(free_port()),
+        **(tls.variables(Path(cluster.tls)) if cluster.tls else {}),
     }
 
 

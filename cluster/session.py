@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import watchdog
+from . import tls, watchdog
 from .auth import ask_for_token, token_file
 from .config import ClusterConfig
 from .errors import ClusterUnreachable, InputError
@@ -123,6 +123,7 @@ def probe(address: str) -> None:
     if not host or not port.isdigit():
         raise InputError(f"cluster.address {address!r} needs the form host:port, such as 10.0.0.5:6379")
     require_listener(host, int(port), address)
+    tls.require_same(host, int(port))
     ask_for_token(make=False)
     _check_token(address)
 
