@@ -33,7 +33,7 @@ def chat(
         client.models.retrieve(model)
         talk = Conversation(client, model, options, [{"role": "system", "content": system}] if system else [])
         if sys.stdin.isatty():
-            notes.print(_HELP, markup=False, highlight=False)
+            notes.print(_HELP, highlight=False)
         while (line := _read()) is not None and talk.hear(line):
             pass
 
@@ -109,4 +109,4 @@ def _read() -> str | None:
 
 
 def _note(text: str) -> None:
-    notes.print(text, markup=False, highlight=False)
+    notes.print(text, highlight=False)

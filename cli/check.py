@@ -78,7 +78,7 @@ def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], di
 
     fits = placement(config)
     prepare(config, folder)
-    inputs = read_inputs(config, folder, lambda text: notes.print(f"[dim]{text}[/dim]", highlight=False))
+    inputs = read_inputs(config, folder, lambda text: notes.print(text, style="dim", highlight=False))
     if not any(given.proof.refusals for given in inputs.stages):  # they are told first, and have no length
         require_memory(config, inputs, rooms(config))
     facts = {
@@ -93,14 +93,14 @@ def _prove(config: Any, folder: Path, examples: int) -> tuple[dict[str, Any], di
 
 def _print_proof(facts: dict[str, Any], masks: dict[str, list[Any]]) -> None:
     for stage, rows in masks.items():
-        answer.print(f"\n[bold]{stage}[/bold]: the first examples; what the loss counts is coloured")
+        answer.print(f"\n{stage}: the first examples; what the loss counts is coloured", style="bold")
         for row in rows:
             answer.print(row)
     columns = ["stage", "rows", "tokens", "supervised_tokens", "longest", "refused"]
     print_table("\ndata", columns, [[stage[c] for c in columns] for stage in facts["data"]])
     for stage in facts["data"]:
         for refusal in stage["refusals"][:5] if stage["refused"] > 1 else ():  # the first is the error's own
-            notes.print(f"[red]{stage['stage']} row {refusal['row']}:[/red] {refusal['reason']}", highlight=False)
+            notes.print(f"{stage['stage']} row {refusal['row']}: {refusal['reason']}", style="red", highlight=False)
     if facts["held_out"]:
         answer.print(f"{facts['held_out']} held-out questions, none of them in the training data", highlight=False)
     where = [f"{p['stage']}: {p['role']} {p['count']} × {p['each']}" for p in facts["placement"]["asked"]]

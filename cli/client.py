@@ -1,13 +1,14 @@
 """The official client of a service, for the verbs that ask: what goes wrong with it becomes one of this package's
 errors."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .output import write
 
 UrlOption = Annotated[str | None, typer.Option(help="The service; the one that `raylign serve` started by default.")]
 KeyOption = Annotated[
@@ -58,9 +59,8 @@ def print_stream(chunks: Any) -> str:
     for chunk in chunks:
         for choice in chunk.choices:
             said.append(choice.delta.content or "")
-            sys.stdout.write(said[-1])
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+            write(said[-1])
+    write("\n")
     return "".join(said)
 
 

@@ -42,4 +42,4 @@ def _print_stage(facts: dict[str, Any]) -> None:
     else:
         answer.print("nothing odd found")
     for refusal in facts["refusals"][:5]:
-        notes.print(f"[red]row {refusal['row']}:[/red] {refusal['reason']}", highlight=False)
+        notes.print(f"row {refusal['row']}: {refusal['reason']}", style="red", highlight=False)

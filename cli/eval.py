@@ -40,4 +40,4 @@ def eval(
     if found["forgetting"] is not None:
         answer.print(f"forgetting: {found['forgetting']:+.4f} nats a token", highlight=False)
     for flag in found["flags"]:
-        notes.print(f"[red]{flag.replace('_', ' ')}[/red]", highlight=False)
+        notes.print(flag.replace("_", " "), style="red", highlight=False)

@@ -44,7 +44,7 @@ def keys(
         raise InputError(f"raylign keys {action} needs a name")
     if action is Action.remove:
         remove_key(path, name)
-        notes.print(f"{name} is refused from now on", markup=False, highlight=False)
+        notes.print(f"{name} is refused from now on", highlight=False)
         return
     allowed = tuple(model.strip() for model in models.split(",")) if models else None
     secret = add_key(

@@ -1,13 +1,12 @@
 """`raylign logs`: what a run prints."""
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import notes
+from .output import notes, write
 from .run import StorageOption
 
 if TYPE_CHECKING:
@@ -44,12 +43,12 @@ def _of_job(submission: "Submission", follow: bool, tail: int | None) -> int:
 
     jobs = Jobs(submission.address)
     text = jobs.logs(submission.submission_id)
-    _write(_last_lines(text, tail))
+    write(_last_lines(text, tail))
     if not follow:
         return 0
-    job = jobs.follow(submission.submission_id, _write, skip=len(text))
+    job = jobs.follow(submission.submission_id, write, skip=len(text))
     if job.status == "failed" and job.driver_exit_code is None:
-        notes.print(job.message, highlight=False, markup=False)  # it did not come to a log of its own
+        notes.print(job.message, highlight=False)  # it did not come to a log of its own
     notes.print(f"{job.run}: {_ended(submission) or job.status}", highlight=False)
     return job.exit_code
 
@@ -71,7 +70,7 @@ def _of_file(run: "RunDir", follow: bool, tail: int | None) -> int:
         ended = status in FINAL or not run.held()  # asked before the last look at the file, so that nothing is missed
         data = _read_from(path, at)
         text = data.decode(errors="replace")
-        _write(_last_lines(text, tail) if at == 0 else text)
+        write(_last_lines(text, tail) if at == 0 else text)
         at += len(data)
         if not follow:
             return 0
@@ -93,8 +92,3 @@ def _read_from(path: Path, at: int) -> bytes:
 
 def _last_lines(text: str, tail: int | None) -> str:
     return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:] if tail else [])
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

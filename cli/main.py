@@ -64,8 +64,9 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001  a defect of ours is one line too; --debug shows where it lies
         if debug:
             traceback.print_exc()
-        notes.print(f"[red]error:[/red] {type(error).__name__}:", end=" ")
-        notes.print(_one_line(error), markup=False, highlight=False)
+        notes.print("error:", style="red", end=" ")
+        notes.print(f"{type(error).__name__}:", end=" ")
+        notes.print(_one_line(error), highlight=False)
         sys.exit(error.exit_code if isinstance(error, RaylignError) else 1)
 
 

@@ -51,4 +51,4 @@ def merge(
         slerp_models(base, others[0], out, t=t)
     else:
         combine_adapters(base, others, out, how=how, weights=weight, density=density, rank=rank)
-    print_json({"out": str(out), "how": how}) if json else answer.print(str(out), highlight=False, markup=False)
+    print_json({"out": str(out), "how": how}) if json else answer.print(str(out), highlight=False)

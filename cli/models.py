@@ -116,7 +116,7 @@ def _list(registry: "Registry", json: bool) -> None:
     columns = ["names", "state", "kind", "digest", "base", "run", "since"]
     print_table("models", columns, [_row(fact) for fact in facts])
     if said := announced(registry.root):
-        notes.print(f"{said.url} serves {said.name}", markup=False, highlight=False)
+        notes.print(f"{said.url} serves {said.name}", highlight=False)
 
 
 def _row(fact: dict[str, Any]) -> list[str]:
@@ -130,7 +130,7 @@ def _print(facts: dict[str, Any]) -> None:
     """A model's facts a line each, or where a name points now."""
     if "moves" in facts:
         shares = [f"{digest[:12]} {share:.0%}" for digest, share in facts["moves"][-1]["weights"].items()]
-        answer.print(f"{facts['name']} is {', '.join(shares)}", markup=False, highlight=False)
+        answer.print(f"{facts['name']} is {', '.join(shares)}", highlight=False)
         return
     for key, value in facts.items():
-        answer.print(f"{key}: {value}", markup=False, highlight=False)
+        answer.print(f"{key}: {value}", highlight=False)

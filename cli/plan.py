@@ -70,7 +70,7 @@ def _print_plan(stages: list[dict[str, Any]]) -> None:
         steps = f"{stage['steps']:,} steps, {stage['tokens']:,} tokens at most" if stage["steps"] else "one pass"
         took = f", about {stage['seconds']:,} s of computing" if stage["seconds"] else ""
         answer.print(
-            f"\n[bold]{stage['stage']}[/bold] ({stage['type']}): model state {stage['total_gb']:,.1f} GB, "
+            f"\n{stage['stage']} ({stage['type']}): model state {stage['total_gb']:,.1f} GB, "
             f"{steps}{took}, {stage['disk_gb']:,.1f} GB of disk",
             highlight=False,
         )
@@ -80,7 +80,7 @@ def _print_plan(stages: list[dict[str, Any]]) -> None:
         columns = [f"{r['devices']} × {r['role']} ({r['device']})" for r in roles]
         print_table("GB on each device", ["", *columns], rows)
         for said in stage["assumes"]:
-            notes.print(f"[yellow]{said}[/yellow]", highlight=False)
+            notes.print(said, style="yellow", highlight=False)
 
 
 def _gigabytes(value: float) -> str:

@@ -22,4 +22,4 @@ def report(
     from ..trainers.report.build import write_report
 
     path = write_report(RunDir.find((storage or Path("runs")).resolve(), run))
-    print_json({"run": run, "report": str(path)}) if json else answer.print(str(path), highlight=False, markup=False)
+    print_json({"run": run, "report": str(path)}) if json else answer.print(str(path), highlight=False)

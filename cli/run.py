@@ -88,10 +88,10 @@ def go(config: Any, directory: Any, *, json: bool) -> None:
         return
 
     def say(text: str) -> None:
-        notes.print(f"[dim]{text}[/dim]", highlight=False)
+        notes.print(text, style="dim", highlight=False)
 
     with directory.hold():
-        notes.print(f"run [bold]{directory.name}[/bold] in {directory.path}", highlight=False)
+        notes.print(f"run {directory.name} in {directory.path}", highlight=False)
         attempt = supervisor.supervised(directory, config.controller, say)
 
         from ..trainers.launch import launch

@@ -34,7 +34,7 @@ def serve(
     if port is not None:
         config = config.model_copy(update={"port": port})
     registry = directory.path.parent / "registry"
-    notes.print(f"starting Ray and the service of [bold]{run}[/bold]", highlight=False)
+    notes.print(f"starting Ray and the service of {run}", highlight=False)
     with serving(config, name=run, base=Path(base.path), registry=registry, dtype=recipe.model.dtype) as url:
         facts = {"run": run, "url": url, "models": _models(registry, base.digest)}
         print_json(facts) if json else _print_facts(facts, config.alias)
@@ -73,4 +73,4 @@ def _print_facts(facts: dict[str, Any], alias: str) -> None:
         f"  curl {address} -H 'content-type: application/json' -d {shlex.quote(body)}",
         "Ctrl-C ends it",
     ):
-        answer.print(line, markup=False, highlight=False)
+        answer.print(line, highlight=False)

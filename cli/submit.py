@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .output import answer, notes, print_json
+from .output import answer, notes, print_json, write
 from .run import JsonOption, MaxHoursOption, SetOption
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def _print(job: "Job", new: bool, address: str, storage: str, *, json: bool) -> 
 def _follow(job: "Job", address: str) -> None:
     from ..cluster.jobs import Jobs
 
-    ended = Jobs(address).follow(job.submission_id, lambda text: notes.out(text, end="", highlight=False))
+    ended = Jobs(address).follow(job.submission_id, write)
     notes.print(f"{ended.run}: {ended.status}", highlight=False)
     if ended.status != "succeeded":
         raise typer.Exit(ended.exit_code)

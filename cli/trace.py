@@ -35,4 +35,4 @@ def trace(
         print(text)
         return
     write_atomically(out, text)
-    notes.print(f"{out}: open it at https://ui.perfetto.dev", markup=False, highlight=False)
+    notes.print(f"{out}: open it at https://ui.perfetto.dev", highlight=False)

@@ -36,6 +36,7 @@ def up(
     port: Annotated[int, typer.Option(min=1024, max=65535, help="The port of the dashboard and jobs API.")] = 8265,
     name: NameOption = "local",
     tls: Annotated[bool, typer.Option("--tls", help="Nodes here and their drivers speak TLS.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="Ray's metrics ports here, open without a token.")] = False,
     kuberay: Annotated[bool, typer.Option("--kuberay", help="A resource of KubeRay's, sized by --recipe.")] = False,
     kind: Annotated[Kind, typer.Option(help="KubeRay: which resource.")] = Kind.JOB,
     ray: Annotated[Provider | None, typer.Option(help="A configuration for `ray up`, sized by --recipe.")] = None,
@@ -67,7 +68,7 @@ def up(
     if sum((local, kuberay, ray is not None)) != 1:
         raise InputError("where: add --local, --kuberay or --ray aws|gcp|hosts")
     if local:
-        return _local(nodes, cpus_per_node, port, name, tls, json=json)
+        return _local(nodes, cpus_per_node, port, name, encrypted=tls, metrics=metrics, json=json)
     if tls:
         raise InputError("--tls makes certificates for nodes of this machine; docs/operations.md shows it for others")
     if recipe is None:
@@ -95,10 +96,12 @@ def up(
 
     if kuberay and not print_:
         return answer.print(apply(made), highlight=False)
-    answer.print(as_yaml(made), end="", markup=False, highlight=False)
+    answer.print(as_yaml(made), end="", highlight=False)
 
 
-def _local(nodes: int, cpus_per_node: int | None, port: int, name: str, encrypted: bool, *, json: bool) -> None:
+def _local(
+    nodes: int, cpus_per_node: int | None, port: int, name: str, *, encrypted: bool, metrics: bool, json: bool
+) -> None:
     from ..cluster.local import up as start
     from ..cluster.tls import variables
 
@@ -109,6 +112,7 @@ def _local(nodes: int, cpus_per_node: int | None, port: int, name: str, encrypte
             port=port,
             name=name,
             encrypted=encrypted,
+            metrics=metrics,
             say=lambda text: shown.update(f"starting {text}"),
         )
     needed = variables(Path(cluster.tls)) if cluster.tls else {}

@@ -25,7 +25,7 @@ from .auth import ask_for_token, ensure_token, token_file
 from .errors import InputError, NotFound, RunFailed
 from .processes import MARK, Started, end, members, started
 from .rundir import write_atomically
-from .session import free_port, loopback_host
+from .session import NO_METRICS_PORTS, free_port, loopback_host
 
 _START_SECONDS = 120
 _READY_SECONDS = 120
@@ -44,6 +44,8 @@ class LocalCluster:
     token_file: str
     tls: str = ""
     """The folder of its certificates, where its nodes speak TLS."""
+    metrics: bool = False
+    """Whether Ray's metrics can be scraped."""
     address: str = ""
     processes: tuple[Started, ...] = ()
 
@@ -66,12 +68,14 @@ def up(
     port: int = 8265,
     name: str = "local",
     encrypted: bool = False,
+    metrics: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> LocalCluster:
     """Start a cluster of `nodes` nodes, its dashboard and jobs API on 127.0.0.1:`port`, behind a token.
 
     Each node offers `cpus_per_node` CPUs, the machine's by default; where `encrypted`, what they say to each other and
-    to drivers goes over TLS, by certificates made for them (see `tls`). `say` is told of each step. Raises `InputError`
+    to drivers goes over TLS, by certificates made for them (see `tls`). With `metrics` Ray's metrics can be scraped:
+    its ports for that listen on every network and ask for no token. `say` is told of each step. Raises `InputError`
     if a cluster of that name runs or the port is taken, `RunFailed` with Ray's last words if a node does not start.
     """
     _refuse_second(name)
@@ -88,6 +92,7 @@ def up(
         jobs_url=f"http://127.0.0.1:{port}",
         token_file=str(token_file()),
         tls=str(Path(folder) / "tls") if encrypted else "",
+        metrics=metrics,
     )
     _save(cluster)
     try:
@@ -189,10 +194,13 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
         MARK: cluster.mark,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "AUTOSCALER_METRIC_PORT": str(free_port()),
-        "DASHBOARD_METRIC_PORT": str(free_port()),
+        **(_metrics_ports() if cluster.metrics else NO_METRICS_PORTS),
         **(tls.variables(Path(cluster.tls)) if cluster.tls else {}),
     }
+
+
+def _metrics_ports() -> dict[str, str]:
+    return {name: str(free_port()) for name in ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")}
 
 
 def _wait_ready(cluster: LocalCluster) -> None:

@@ -18,6 +18,16 @@ from .config import ClusterConfig
 from .errors import ClusterUnreachable, InputError
 from .processes import MARK, end, members, started
 
+NO_METRICS_PORTS = {
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",
+    "AUTOSCALER_METRIC_PORT": "-1",
+}
+"""The environment of a Ray on this machine: its servers of metrics would listen to every network, and ask for no token.
+
+Two of them have no switch; a port that is none keeps them from starting.
+"""
+
 NAMESPACE = "raylign"
 """Where the named actors of all runs live; their names begin with the run's."""
 
@@ -72,7 +82,8 @@ def _local(config: ClusterConfig, dashboard: bool) -> Iterator[Session]:
     folder = Path(os.devnull)
     try:
         # Ray's processes inherit these and pass them on to the workers; our own children do not.
-        with _environment(RAY_GCS_SERVER_PORT=str(port), RAY_ADDRESS=f"{host}:{port}", **{MARK: mark}):
+        inherited = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{host}:{port}", MARK: mark}
+        with _environment(**inherited, **NO_METRICS_PORTS):
             ray.init(
                 address="local",
                 num_cpus=config.cpus,
