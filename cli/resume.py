@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import answer, notes, print_json
-from .run import JsonOption, MaxHoursOption, StorageOption, go
+from .run import JsonOption, MaxHoursOption, StorageOption, go, when
 
 if TYPE_CHECKING:
     from ..cluster.rundir import RunDir
@@ -39,7 +39,7 @@ def resume(
     if address and address.startswith(("http://", "https://")):
         return _as_job(directory, address, max_hours, json=json)
     overrides = [f"cluster.address={address}"] if address else []
-    overrides += [f"controller.max_hours={max_hours}"] if max_hours else []
+    overrides += when(None, None, max_hours)
     go(load_recipe(directory / "recipe.yaml", overrides), directory, json=json)
 
 

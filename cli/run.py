@@ -15,6 +15,10 @@ StorageOption = Annotated[Path | None, typer.Option(help="Where run directories 
 MaxHoursOption = Annotated[
     float | None, typer.Option(min=0.0, help="Stop after so long, with a checkpoint; `resume` goes on.")
 ]
+AfterOption = Annotated[list[str] | None, typer.Option("--after", help="Begin when that run has succeeded.")]
+PriorityOption = Annotated[
+    int | None, typer.Option(help="Queue for the cluster until there is room, higher numbers first.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")]
 
 
@@ -24,6 +28,8 @@ def run(
     storage: StorageOption = None,
     set_: SetOption = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster, host:port; a local Ray by default.")] = None,
+    after: AfterOption = None,
+    priority: PriorityOption = None,
     max_hours: MaxHoursOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on if a run of that name is there.")] = False,
     keep_source: Annotated[
@@ -43,7 +49,7 @@ def run(
     overrides = list(set_ or [])
     overrides += [f"name={name}"] if name else []
     overrides += [f"cluster.address={address}"] if address else []
-    overrides += [f"controller.max_hours={max_hours}"] if max_hours else []
+    overrides += when(after, priority, max_hours)
     config = load_recipe(recipe, overrides)
 
     if prove_resume:
@@ -58,6 +64,13 @@ def run(
 
         config = keep(recipe, overrides, directory)
     go(config, directory, json=json)
+
+
+def when(after: list[str] | None, priority: int | None, max_hours: float | None) -> list[str]:
+    """Overrides that say when a run begins and how long it works."""
+    made = [f"cluster.after=[{', '.join(after)}]"] if after else []
+    made += [f"cluster.priority={priority}"] if priority is not None else []
+    return made + ([f"controller.max_hours={max_hours}"] if max_hours else [])
 
 
 def _prove_resume(recipe: Path, config: Any, overrides: list[str], storage: Path, *, json: bool) -> None:

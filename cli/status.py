@@ -38,15 +38,21 @@ _NOWHERE = {
     "groups": {},
     "metrics": {},
     "alarms": [],
+    "attempts": [],
+    "waiting": [],
 }
 
 
 def _facts(directory: Any) -> dict[str, Any]:
+    from ..cluster.rundir import AT_WORK
+
     state = directory.status()
     facts = {key: state.get(key) for key in ("status", "reason", "stage", "step", "steps")}
     facts |= {key: state.get(key, {}) for key in ("workers", "wanted", "groups", "metrics")}
     facts["alarms"] = state.get("alarms", [])
     facts |= {key: state.get(key) for key in ("since", "address", "dashboard")}
+    facts["attempts"] = directory.attempts()
+    facts["waiting"] = state.get("waiting", []) if state.get("status") in AT_WORK else []
     if directory.lost():
         facts["status"] = "lost"
         facts["reason"] = f"its process is gone: `raylign resume {directory.argument}` goes on from the last checkpoint"
@@ -100,6 +106,8 @@ def _print_one(facts: dict[str, Any]) -> None:
     if facts["dashboard"] and facts["status"] not in (*FINAL, "lost"):
         rows.append(["dashboard", facts["dashboard"]])
     rows += [["reason", facts["reason"]]] if facts["reason"] else []
+    if len(facts["attempts"]) > 1:
+        rows.append(["attempts", ", ".join(a["status"] or "not ended" for a in facts["attempts"])])
     rows += [[name, f"{value:.4g}"] for name, value in facts["metrics"].items()]
     rows += [[f"alarm {alarm['name']}", f"{alarm['saw']}. Try: {alarm['attempt']}"] for alarm in facts["alarms"]]
     print_table(facts["run"], ["", ""], rows)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .output import answer, notes, print_json, write
-from .run import JsonOption, MaxHoursOption, SetOption
+from .run import AfterOption, JsonOption, MaxHoursOption, PriorityOption, SetOption, when
 
 if TYPE_CHECKING:
     from ..cluster.jobs import Job
@@ -20,6 +20,8 @@ def submit(
     storage: Annotated[str | None, typer.Option(help="Where the run writes; ./runs on this machine.")] = None,
     set_: SetOption = None,
     wheel: Annotated[Path | None, typer.Option(help="A wheel of raylign, where the cluster has none.")] = None,
+    after: AfterOption = None,
+    priority: PriorityOption = None,
     max_hours: MaxHoursOption = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show the log until the run ends.")] = False,
     json: JsonOption = False,
@@ -36,13 +38,13 @@ def submit(
     from ..cluster.submission import job_storage
     from ..trainers.recipe import load_recipe
 
-    overrides = [*(set_ or []), *([f"name={name}"] if name else [])]
+    limits = when(after, priority, max_hours)
+    overrides = [*(set_ or []), *limits, *([f"name={name}"] if name else [])]
     config = load_recipe(recipe, overrides)
     refuse_reserved(config.name)
     place = job_storage(storage, address)
     if wheel and not wheel.is_file():
         raise InputError(f"no wheel at {wheel}: build one with `python -m build --wheel`")
-    limits = [f"controller.max_hours={max_hours}"] if max_hours else []
     sets = [*(set_ or []), *limits, *_sets_for_the_job(config, recipe, overrides, address)]
     job, new = _send(config.name, recipe, address, place, sets, wheel)
     _print(job, new, address, place, json=json)

@@ -120,3 +120,8 @@ class ClusterConfig(Config):
     """CPUs that a local Ray offers; the machine's by default."""
     wait_seconds: float = Field(default=120.0, gt=0)
     """How long an actor may stay unplaced before the run stops with the reason."""
+    after: tuple[Name, ...] = ()
+    """Runs of the same storage that have to succeed before this one begins."""
+    priority: int | None = None
+    """The run's place in the queue of its cluster, where it waits until what it asks for is free: higher ones first.
+    Without a number it does not queue, and stops after `wait_seconds` where the cluster is busy."""

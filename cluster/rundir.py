@@ -29,7 +29,7 @@ from .errors import ClusterUnreachable, InputError, NotFound
 
 FINAL = ("succeeded", "failed", "stopped")
 
-AT_WORK = ("preparing", "starting", "running")
+AT_WORK = ("preparing", "queued", "starting", "running")
 """What a run says of itself while a process works on it."""
 
 RESERVED = ("registry",)
@@ -277,6 +277,21 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """How the run ended; empty while it goes on."""
         return self._read("summary.json")
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Every start of the run, oldest first: `began`, `ended`, `status`, `reason`, and its controller's `restarts`.
+
+        Times are seconds since the epoch; there is no end while it goes on, and where its process was lost.
+        """
+        found: list[dict[str, Any]] = []
+        for event in self.events():
+            if event["kind"] == "run_began" and not event.get("again"):
+                found.append({"began": event["time"], "ended": None, "status": None, "reason": "", "restarts": 0})
+            elif event["kind"] == "controller_lost" and found:
+                found[-1]["restarts"] += 1
+            elif event["kind"] == "run_ended" and found:
+                found[-1] |= {"ended": event["time"], "status": event["status"], "reason": event["reason"]}
+        return found
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write how the run ended, atomically."""

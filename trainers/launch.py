@@ -14,7 +14,7 @@ from typing import Any
 
 from ..cluster.auth import ask_for_token
 from ..cluster.errors import InputError, RaylignError, RunFailed
-from ..cluster.placement import offers
+from ..cluster.placement import free_offers, offers
 from ..cluster.planning import Offer, amount
 from ..cluster.rundir import RunDir
 from ..cluster.session import connect, probe
@@ -31,6 +31,7 @@ from .plan import room
 from .plan.refusal import require_memory
 from .plan.room import Room
 from .publish import registry_root
+from .queue import wait_for_runs, wait_for_turn
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALON
     """
     config = config.model_copy(update={"name": run.name})
     before = run.status()
-    notices = Notices(deadline_of(run, config.controller.max_hours, again=attempt.again))
+    notices = Notices()
     with run.hold(), StopSignals(run, say, notices).taken() as signals, _log_to(run):
         try:
             if not attempt.again:
@@ -65,9 +66,16 @@ def launch(config: RunConfig, run: RunDir, say: Say, *, attempt: Attempt = _ALON
         except BaseException:
             _withdraw(run, before)
             raise
-        run.event("run_began", resumed=bool(before), seed=config.seed)
-        run.update_status(status="starting")
-        return _conclude_failures(config, run, attempt, before, lambda: _run_on_ray(config, run, inputs, signals, say))
+        run.event("run_began", resumed=bool(before), seed=config.seed, again=attempt.again)
+        run.update_status(status="starting", workers={}, waiting=[])
+
+        def work() -> dict[str, Any]:
+            try:
+                return _work(config, run, inputs, signals, notices, say, again=attempt.again)
+            except StopRequested:
+                return conclude(config, run, "stopped", asked(run))
+
+        return _conclude_failures(config, run, attempt, before, work)
 
 
 def _prove(config: RunConfig, run: RunDir, signals: StopSignals, say: Say) -> Inputs:
@@ -116,7 +124,11 @@ def _withdraw(run: RunDir, before: dict[str, Any]) -> None:
         run.restore_status(before)
 
 
-def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSignals, say: Say) -> dict[str, Any]:
+def _work(
+    config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSignals, notices: Notices, say: Say, *, again: bool
+) -> dict[str, Any]:
+    """Wait for the run's turn, connect, and do what is left of it. Raises `StopRequested` while it waits."""
+    wait_for_runs(run, config.cluster.after, signals.check)
     say("connecting to Ray")
     with connect(config.cluster) as session:
         if not session.local:
@@ -124,8 +136,17 @@ def _run_on_ray(config: RunConfig, run: RunDir, inputs: Inputs, signals: StopSig
                 say(said)
         check_placement(config, offers())
         require_memory(config, inputs, room.rooms_of_cluster())
+        if config.cluster.priority is not None:
+            _queue(config, run, session.address, signals)
+        notices.deadline = deadline_of(run, config.controller.max_hours, again=again)
         run.update_status(status="running", address=session.address, dashboard=session.dashboard_url)
         return _in_thread(lambda: run_recipe(config, run, inputs, say), signals.follow)
+
+
+def _queue(config: RunConfig, run: RunDir, cluster: str, signals: StopSignals) -> None:
+    """Wait until the run's turn has come and what it asks for is free."""
+    priority, seconds = config.cluster.priority or 0, config.cluster.wait_seconds
+    wait_for_turn(run, cluster, priority, seconds, lambda: check_placement(config, free_offers()), signals.check)
 
 
 def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:

@@ -14,12 +14,12 @@ _REPLACED = ("rollout-", "reward-")
 class Notices:
     """Call it often: it gives why the run must stop, or an empty text; `nodes` tells which actors' nodes drain."""
 
-    def __init__(self, deadline: float | None, nodes: Callable[[], dict[str, str]] = going_away) -> None:
-        self._deadline, self._nodes = deadline, nodes
+    def __init__(self, deadline: float | None = None, nodes: Callable[[], dict[str, str]] = going_away) -> None:
+        self.deadline, self._nodes = deadline, nodes
         self._looked = 0.0
 
     def __call__(self) -> str:
-        if self._deadline is not None and time.time() >= self._deadline:
+        if self.deadline is not None and time.time() >= self.deadline:
             return "its time is over (max_hours)"
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return ""

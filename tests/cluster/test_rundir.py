@@ -126,3 +126,15 @@ def test_only_a_directory_of_this_process_without_training_is_discarded(run: Run
     (run / "checkpoints").rmdir()
     assert run.discard()
     assert not run.path.exists()
+
+
+def test_attempts_are_the_starts_of_a_run_and_how_each_ended(run: RunDir) -> None:
+    run.event("run_began", seed=1)
+    run.event("controller_lost", reason="it was ended by SIGKILL")
+    run.event("run_began", seed=1, again=True)
+    run.event("run_ended", status="stopped", reason="asked to stop")
+    run.event("run_began", seed=1)
+    first, second = run.attempts()
+    assert (first["status"], first["reason"], first["restarts"]) == ("stopped", "asked to stop", 1)
+    assert first["began"] < first["ended"] < second["began"]
+    assert (second["status"], second["ended"], second["restarts"]) == (None, None, 0)
