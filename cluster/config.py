@@ -88,6 +88,21 @@ class ElasticWorkers(Config):
         return self
 
 
+_AUTO_MOST = 8
+
+
+class RolloutWorkers(ElasticWorkers):
+    """How many rollout workers; `workers: auto` is 1 to 8, as many as generation needs beside the update."""
+
+    auto: bool = False
+    """Follow the measured ratio of generation to update time, until `raylign scale` asks for a number."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_auto(cls, value: object) -> object:
+        return {"min": 1, "max": _AUTO_MOST, "auto": True} if value == "auto" else value
+
+
 class WeightsConfig(Config):
     """How new weights reach rollout workers."""
 

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from ..cluster.config import Config, ElasticWorkers, RoleResources, WeightsConfig
+from ..cluster.config import Config, ElasticWorkers, RoleResources, RolloutWorkers, WeightsConfig
 
 
 class SamplingConfig(Config):
@@ -60,7 +60,7 @@ class RolloutConfig(Config):
     exact: bool = True
     """Prove at every worker's start that tokens do not depend on which rows run together. `false` lets torch's own
     operations, too, use all CPUs of the worker, and a repetition may differ."""
-    workers: ElasticWorkers = ElasticWorkers()
+    workers: RolloutWorkers = RolloutWorkers()
     group_size: int = Field(default=8, ge=2)
     """Completions per prompt; an advantage compares them with each other."""
     sampling: SamplingConfig = SamplingConfig()

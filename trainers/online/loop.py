@@ -28,6 +28,7 @@ from ...rollout.records import Group
 from ..interrupt import StopRequested, stop_if_asked
 from ..stages import OnlineStage
 from .ahead import Ahead, Batch, Prompt, Source, Start
+from .balance import Balance
 from .batch import TrainSample, trained
 from .carried import kept_carried
 from .checkpoints import Checkpoints
@@ -39,6 +40,9 @@ from .phases import Phases
 from .progress import Progress
 from .record import Record
 from .roles import Roles
+
+_LEARNING = ("reference", "values", "update", "publish")
+"""Phases in which workers wait for the step's end, or would, if the next step did not overlap."""
 
 
 class OnlineLoop:
@@ -76,6 +80,12 @@ class OnlineLoop:
         """Whether any weights have been published."""
         self._agree = False
         """Whether the policy holds what `step` says; a checkpoint of it is sound then."""
+        workers = stage.rollout.workers
+        self._balance = Balance(workers.min, workers.max) if workers.auto else None
+        self._balanced: int | None = None
+        """How many workers are wanted by the times of the last steps."""
+        self._generating = 0, 0.0
+        """How many workers made the step's samples, in how many seconds of theirs together."""
         self._failures, self._failed_at = 0, -1
         self.restarts = 0
         """How often roles were started anew."""
@@ -201,7 +211,9 @@ class OnlineLoop:
                 self._wait_until(lambda: batch.full or not batch.generated)
             if batch.full:
                 break
-        for worker, (start, end) in spans_by_worker([*batch.finished, *batch.carried]).items():
+        spans = spans_by_worker([*batch.finished, *batch.carried])
+        self._generating = len(spans), sum(end - start for start, end in spans.values())
+        for worker, (start, end) in spans.items():
             self._run.span(worker.rpartition("/")[2], "generate", start, end, step=step)
         return batch
 
@@ -272,9 +284,17 @@ class OnlineLoop:
         self.workers_seen = (min(low, self._pool.size), max(high, self._pool.size))
         self._kept.note(metrics)
         self._roles.write_samples(step, scored)
+        self._balance_workers()
         self._phases.seconds = {}
         self._record.step(step, metrics)
         self._say(step + 1)
+
+    def _balance_workers(self) -> None:
+        """Where the recipe says so: have as many workers as the step's times ask for, until users ask for a number."""
+        if not self._balance:
+            return
+        learning = sum(self._phases.seconds.get(phase, 0.0) for phase in _LEARNING)
+        self._balanced = self._balance.step(*self._generating, learning)
 
     def _restore(self) -> None:
         """Have a new policy go on from the last checkpoint, if any, and publish what it holds then."""
@@ -343,7 +363,7 @@ class OnlineLoop:
             return
         desired = self._run.desired()
         for role, crew in (("rollout", self._pool), ("reward", self._roles.scorers)):
-            wanted, before = desired.get(role), crew.target
+            wanted, before = desired.get(role) or (self._balanced if role == "rollout" else None), crew.target
             if wanted and wanted != before and crew.scale(wanted) != before:
                 self._run.event("scaled", role=role, before=before, after=crew.target)
 
