@@ -135,6 +135,9 @@ class ClusterConfig(Config):
     """CPUs that a local Ray offers; the machine's by default."""
     wait_seconds: float = Field(default=120.0, gt=0)
     """How long an actor may stay unplaced before the run stops with the reason."""
+    autoscaler: bool = False
+    """Whether nodes come when they are needed: a run then begins though its roles do not fit yet, and waits for places
+    as long as `wait_seconds` says, which should be longer than a node takes to come."""
     after: tuple[Name, ...] = ()
     """Runs of the same storage that have to succeed before this one begins."""
     priority: int | None = None

@@ -6,7 +6,8 @@ explanation. Where actors should go is decided in `planning`.
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from .planning import Offer, amount
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
+
+
+_TELL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def free_offers() -> list[Offer]:
 
 
 def _name(node: dict[str, object]) -> str:
-    return f"{node['NodeManagerAddress']}/{str(node['NodeID'])[:6]}"
+    return f"{node['NodeManagerAddress']}/{str(node['NodeID'])[-6:]}"
 
 
 def place(
@@ -99,6 +103,29 @@ def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "Plac
     name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
     bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
     return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(bounds))
+
+
+@contextmanager
+def wished(asked: Sequence[Resources]) -> Iterator[Callable[[], None]]:
+    """Gives what tells Ray's autoscaler that the cluster should hold all of these at once, whether or not anybody has
+    asked for a place yet; forgotten when the block ends. The last who tells it counts, of all runs of a cluster."""
+    from ray.autoscaler.sdk import request_resources
+
+    told = 0.0
+
+    def tell() -> None:
+        nonlocal told
+        if told and time.monotonic() - told < _TELL_SECONDS:
+            return
+        told = time.monotonic()
+        bundles = [{name: n for name, n in (("CPU", r.cpus), ("GPU", r.gpus)) if n > 0} for r in asked]
+        request_resources(bundles=[bundle for bundle in bundles if bundle])
+
+    try:
+        yield tell
+    finally:
+        if told:
+            request_resources(bundles=[])
 
 
 def _selector(bounds: Bounds) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from ..cluster.config import Resources
 from ..cluster.placement import ANYWHERE, Bounds
 from ..cluster.planning import Assignment, Demand, Offer, plan
 
@@ -28,6 +29,11 @@ class Places:
         self._workers: dict[str, str] = {}
         """Rollout worker → its node."""
         self.wished = any(d.colocate_with or d.split_from for d in demands)
+
+    def asked(self) -> list[Resources]:
+        """What each actor reserves: of all roles, and of the rollout workers of the start."""
+        each = [d for d in (*self._roles, self._rollout) for _ in range(d.count)]
+        return [Resources(cpus=d.cpus, gpus=d.gpus) for d in each]
 
     def stands(self, actor: str, node: str) -> None:
         """A rollout worker has its place."""

@@ -5,19 +5,21 @@ cut. They share the file system, as hosts with a common storage do. Needs root a
 """
 
 import contextlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
 _NET = "10.99.7"
 _PORT = 6379
+_HEAD = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
 
 
 def unavailable() -> str:
@@ -75,13 +77,58 @@ class Hosts:
 
     def start_node(self, number: int, cpus: int) -> None:
         """`ray start` on a host, the head's or one that joins it."""
-        head = ["--head", "--port", str(_PORT), "--include-dashboard", "false"]
-        joins = ["--address", self.control_store]
+        self._start(number, cpus, ["--address", self.control_store] if number else _HEAD)
+
+    def start_autoscaling_head(self, cpus: int, most: int, *, idle_minutes: float) -> None:
+        """`ray start` on the head, with Ray's autoscaler: up to `most` nodes of one CPU come when they are needed,
+        and leave when they were idle for so long. They are Ray's fake nodes, processes of the same host."""
+        head = "f" * 51 + "00000"
+        kinds = {
+            "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
+            "worker": {
+                "resources": {"CPU": 1, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            },
+        }
+        provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+        config = {
+            "cluster_name": "fake",
+            "max_workers": most,
+            "idle_timeout_minutes": idle_minutes,
+            "provider": {
+                "type": "external",  # Ray's wheel lacks the defaults of `fake_multinode`
+                "module": provider,
+                "gcs_address": self.control_store,
+                "head_node_id": head,
+                "launch_multiple": True,
+            },
+            "available_node_types": kinds,
+            "head_node_type": "ray.head.default",
+            "auth": {},
+            "file_mounts": {},
+            **{f"{when}setup_commands": [] for when in ("", "head_", "worker_")},
+            **{f"{which}_start_ray_commands": [] for which in ("head", "worker")},
+            **{
+                name: []
+                for name in ("initialization_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+            },
+            "file_mounts_sync_continuously": False,
+        }
+        path = self._folder / "autoscaler.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+        told = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        told |= {"RAY_CLOUD_INSTANCE_ID": head, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": head}
+        self._start(0, cpus, [*_HEAD, f"--autoscaling-config={path}"], told)
+
+    def _start(self, number: int, cpus: int, which: Sequence[str], told: Mapping[str, str] | None = None) -> None:
         folder = self._folder / f"{number}-{time.monotonic_ns()}"
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *(joins if number else head)]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *which]
         options = ["--node-ip-address", self.address(number), "--num-cpus", str(cpus), "--temp-dir", str(folder)]
         options += ["--object-store-memory", "200000000", "--disable-usage-stats"]
-        _run(self.command(number, [*ray, *options]))
+        _run(self.command(number, [*ray, *options]), os.environ | (told or {}))
 
     def cut(self, number: int) -> None:
         """Pull a host's plug out of the switch."""
@@ -135,8 +182,8 @@ def _ip(*arguments: str) -> None:
     _run(["ip", *arguments])
 
 
-def _run(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def _run(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout

@@ -19,8 +19,8 @@ CUT_SECONDS = 60
 
 
 @pytest.fixture
-def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
-    """A head that has room for the policy and its scorer, and four hosts with room for one worker each."""
+def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Hosts]:
+    """So many hosts, 5 by default, and a token of their own."""
     if why := unavailable():
         pytest.skip(why)
     for name in [n for n in os.environ if n.startswith("RAY_")]:
@@ -31,10 +31,7 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
 
     ensure_token()
     folder = Path("/tmp") / f"rl-hosts-{os.getpid()}"
-    with hosts(folder, 5) as made:
-        made.start_node(0, 2)
-        for number in (1, 2):
-            made.start_node(number, 1)
+    with hosts(folder, getattr(request, "param", 5)) as made:
         yield made
     subprocess.run(["rm", "-rf", str(folder)], check=True)
 
@@ -63,6 +60,28 @@ class Run:
         return json.loads((self.dir / "summary.json").read_text())
 
 
+WORK = {
+    "stages__0__steps": 20,
+    "stages__0__kl": "null",
+    "stages__0__rewards": HELD,
+    "stages__0__rollout__slots": 8,
+    "stages__0__rollout__sampling__max_tokens": 100,
+}
+APART = WORK | {
+    "stages__0__scoring": "{resources: {cpus: 0.5, colocate_with: policy}}",
+    "stages__0__rollout__resources": "{split_from: policy}",
+    "stages__0__rollout__workers": "{min: 1, max: 4, start: 1}",
+}
+"""The policy and its scorer on one host, workers on others."""
+
+
+def run_alone(tiny_grpo: Callable[..., Path], folder: Path) -> dict[str, Any]:
+    """The same with one worker on a local Ray, undisturbed."""
+    recipe = tiny_grpo("alone", **WORK, cluster__cpus=4)
+    command = raylign("run", recipe, "--storage", folder / "runs")
+    return Run(command, RunDir(folder / "runs" / "alone"), folder / "alone.log").end()
+
+
 def raylign(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "raylign.cli", *map(str, arguments)]
 
@@ -73,16 +92,11 @@ def raylign(*arguments: str | Path) -> list[str]:
 def test_one_to_four_to_two_workers_a_lost_host_and_one_cut_off_leave_the_weights_as_they_are(
     network: Hosts, tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:
-    roles = {"stages__0__kl": "null", "stages__0__scoring": "{resources: {cpus: 0.5, colocate_with: policy}}"}
-    roles |= {"stages__0__rollout__resources": "{split_from: policy}", "stages__0__rollout__slots": 8}
-    roles |= {"stages__0__rollout__sampling__max_tokens": 100, "stages__0__rewards": HELD, "stages__0__steps": 20}
-    workers = "{min: 1, max: 4, start: 1}"
-    recipe = tiny_grpo("spread", **roles, stages__0__rollout__workers=workers)
-    alone = tiny_grpo("alone", stages__0__steps=20, stages__0__kl="null", stages__0__rewards=HELD, cluster__cpus=4)
-    storage, hold = tmp_path / "runs", tmp_path / "hold"
-    alone.write_text(alone.read_text().replace("max_tokens: 12", "max_tokens: 100"))
-    apart = raylign("run", alone, "--storage", storage)
-    undisturbed = Run(apart, RunDir(storage / "alone"), tmp_path / "alone.log").end()
+    network.start_node(0, 2)  # has room for the policy and its scorer, each other host for one worker
+    for number in (1, 2):
+        network.start_node(number, 1)
+    recipe, storage, hold = tiny_grpo("spread", **APART), tmp_path / "runs", tmp_path / "hold"
+    undisturbed = run_alone(tiny_grpo, tmp_path)
 
     command = raylign("run", recipe, "--storage", storage, "--address", network.control_store)
     hold.touch()
@@ -124,3 +138,49 @@ def test_one_to_four_to_two_workers_a_lost_host_and_one_cut_off_leave_the_weight
     assert (summary["status"], summary["workers"]) == ("succeeded", {"min": 1, "max": 4})
     assert summary["weights"] == undisturbed["weights"]
     assert [e["after"] for e in run.dir.events("scaled")] == [4, 2]
+
+
+NODES = """
+import ray
+ray.init(address="auto", log_to_driver=False)
+print("nodes", sum(node["Alive"] for node in ray.nodes()))
+"""
+
+
+@pytest.mark.multinode
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("network", [1], indirect=True)
+def test_the_autoscaler_brings_nodes_for_workers_and_takes_them_back(
+    network: Hosts, tiny_grpo: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The head has no room for a worker; nodes come for one, then three, and go when two are not wanted any more."""
+    network.start_autoscaling_head(2, 4, idle_minutes=0.1)
+
+    def nodes() -> int:
+        env = os.environ | {"RAY_ADDRESS": network.control_store}
+        command = network.command(0, [sys.executable, "-c", NODES])
+        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        return int(said.split("nodes")[1])
+
+    recipe = tiny_grpo("grown", **APART, cluster="{autoscaler: true, wait_seconds: 120}")
+    storage, hold = tmp_path / "runs", tmp_path / "hold"
+    undisturbed = run_alone(tiny_grpo, tmp_path)
+    assert nodes() == 1
+    hold.touch()
+    command = raylign("run", recipe, "--storage", storage, "--address", network.control_store)
+    run = Run(network.command(0, command), RunDir(storage / "grown"), tmp_path / "grown.log")
+    run.until("a node has come for the first worker", lambda: run.workers() == 1)
+    assert nodes() == 2
+    subprocess.run(raylign("scale", "grown", "--rollout", "3", "--storage", storage), timeout=150, check=True)
+    assert nodes() == 4
+    subprocess.run(raylign("scale", "grown", "--rollout", "1", "--storage", storage), timeout=150, check=True)
+    run.until("idle nodes have gone", lambda: nodes() == 2)
+    hold.unlink()
+    summary = run.end()
+    assert (summary["status"], summary["workers"]["min"]) == ("succeeded", 1)
+    assert summary["weights"] == undisturbed["weights"]
+    deadline = time.monotonic() + 60
+    while nodes() > 1:
+        assert time.monotonic() < deadline, "the last worker's node stays though nothing is asked for"
+        time.sleep(1)

@@ -134,7 +134,8 @@ def _work(
         if not session.local:
             for said in require_equal():
                 say(said)
-        check_placement(config, offers())
+        if not config.cluster.autoscaler:
+            check_placement(config, offers())
         require_memory(config, inputs, room.rooms_of_cluster())
         if config.cluster.priority is not None:
             _queue(config, run, session.address, signals)
@@ -144,9 +145,14 @@ def _work(
 
 
 def _queue(config: RunConfig, run: RunDir, cluster: str, signals: StopSignals) -> None:
-    """Wait until the run's turn has come and what it asks for is free."""
+    """Wait until the run's turn has come and what it asks for is free, or may come."""
+
+    def fits() -> None:
+        if not config.cluster.autoscaler:
+            check_placement(config, free_offers())
+
     priority, seconds = config.cluster.priority or 0, config.cluster.wait_seconds
-    wait_for_turn(run, cluster, priority, seconds, lambda: check_placement(config, free_offers()), signals.check)
+    wait_for_turn(run, cluster, priority, seconds, fits, signals.check)
 
 
 def _in_thread(work: Callable[[], Any], tick: Callable[[], None]) -> Any:

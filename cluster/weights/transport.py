@@ -33,6 +33,8 @@ class Parcel:
     """Of each piece that the broadcast carries."""
     note: str = ""
     """What the run should say of the way it came, such as that a process group was lost."""
+    size: int = 0
+    """Bytes of its tensors."""
 
 
 class Transport(Protocol):
@@ -59,7 +61,8 @@ class ObjectStore:
         """One copy into shared memory: Ray takes contiguous numpy arrays out of band."""
         import ray
 
-        return Parcel(tuple(ray.put(bucket) for bucket in in_buckets(pieces)))
+        size = sum(piece.data.nbytes for piece in pieces)
+        return Parcel(tuple(ray.put(bucket) for bucket in in_buckets(pieces)), size=size)
 
     def receive(self, parcel: Parcel, name: str, *, timeout: float) -> list[Piece]:
         """Views of this node's shared memory, without a copy."""

@@ -73,7 +73,7 @@ def waits(run: RunDir) -> list[str]:
 def test_it_names_group_worker_node_and_seconds_of_what_is_slow(held: RunDir, tmp_path: Path) -> None:
     import ray
 
-    node = f"{ray.nodes()[0]['NodeManagerAddress']}/{ray.nodes()[0]['NodeID'][:6]}"
+    node = f"{ray.nodes()[0]['NodeManagerAddress']}/{ray.nodes()[0]['NodeID'][-6:]}"
     until("groups are running", lambda: "step 0 group 0" in waits(held))
     worker = psutil.Process(pid_of("held/grpo/rollout-0"))
     worker.suspend()

@@ -53,7 +53,7 @@ def test_a_worker_too_many_stays_a_wish_until_there_is_room(ray_session: str, tm
         finally:
             release(taken)
         made.until("it works", lambda: made.pool.size == 2)
-        node = f"{ray.nodes()[0]['NodeManagerAddress']}/{ray.nodes()[0]['NodeID'][:6]}"
+        node = f"{ray.nodes()[0]['NodeManagerAddress']}/{ray.nodes()[0]['NodeID'][-6:]}"
         assert {m.node for m in made.pool._fleet.members.values()} == {node}
 
 

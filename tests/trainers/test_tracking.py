@@ -15,7 +15,7 @@ import pytest
 from raylign.cluster.errors import InputError
 from raylign.trainers.config import TrackingConfig
 from raylign.trainers.tracking import open_tracker
-from raylign.trainers.tracking.prometheus import gauge_name
+from raylign.trainers.tracking.prometheus import gauge_name, series
 from raylign.trainers.tracking.wandb import WandbTracker
 
 OFFLINE = TrackingConfig(wandb="offline", prometheus=False, project="tests")
@@ -137,14 +137,23 @@ def test_prometheus_shows_the_last_step_where_a_node_is_scraped(ray_session: str
     assert gauge_name("reward/exact match\n{x}") == "raylign_reward_exact_match_x_"
     tracker = open_tracker(TrackingConfig(), tmp_path, "prom", {})
     tracker.log(1, {"reward/mean": 0.25}, "grpo")
-    tracker.log(2, {"reward/mean": 0.5}, "grpo")
+    tracker.log(2, {"reward/mean": 0.5, "workers/rollout": 3.0}, "grpo")
     node = ray.nodes()[0]
     url, deadline = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", time.monotonic() + 60
     while True:
         body = httpx.get(url, trust_env=False).text
         mine = [line for line in body.splitlines() if 'run="prom"' in line and "raylign_reward_mean{" in line]
-        if mine and mine[0].endswith(" 0.5"):
+        roles = [line for line in body.splitlines() if 'role="rollout"' in line and "raylign_workers{" in line]
+        if mine and mine[0].endswith(" 0.5") and roles:
             break
         assert time.monotonic() < deadline, mine
         time.sleep(0.2)
     assert 'stage="grpo"' in mine[0]
+    assert roles[0].endswith(" 3.0")
+
+
+def test_what_every_role_has_is_one_gauge() -> None:
+    assert series("tokens_per_second/rollout") == ("raylign_tokens_per_second", "rollout")
+    assert series("tokens_per_second") == ("raylign_tokens_per_second", "")
+    assert series("scoring/seconds/exact") == ("raylign_scoring_seconds_exact", "")
+    assert series('reward/x"} evil{') == ("raylign_reward_x_evil_", "")

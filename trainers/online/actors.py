@@ -10,7 +10,7 @@ from ...cluster import calls
 from ...cluster.calls import Wait
 from ...cluster.config import Resources
 from ...cluster.errors import DoesNotFit, WorkerFailed, WorkerLost
-from ...cluster.placement import free_offers, node_of, place, release
+from ...cluster.placement import free_offers, node_of, place, release, wished
 from ...cluster.planning import Offer, amount
 from ...rollout.inbox import Inbox
 from ...rollout.places import Places
@@ -141,7 +141,7 @@ class Actors:
         who is movable gives his up, and rollout workers follow.
         """
         began = time.monotonic()
-        with self.waiting_for("nodes as the roles wish", "policy-0"):
+        with self.waiting_for("nodes as the roles wish", "policy-0"), wished(self._places.asked()) as wish:
             while self._places.wished:
                 nodes, waited = free_offers(), time.monotonic() - began
                 moving = waited > KEEP_SECONDS
@@ -151,6 +151,7 @@ class Actors:
                 except DoesNotFit as error:
                     if waited > self._wait_seconds:
                         raise DoesNotFit(f"{error}. That is what was free for {self._wait_seconds:g} s") from None
+                wish()  # nobody asks Ray for a place before all have a node
                 tick()
                 time.sleep(0.2)
 

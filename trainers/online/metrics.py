@@ -28,7 +28,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     if any(s.environment is not None for s in samples):
         metrics["turns/mean"] = float(np.mean([s.turns for s in samples]))
     for part in samples[0].reward_parts:
-        metrics[f"reward/{part}"] = float(np.mean([s.reward_parts[part] for s in samples]))
+        values = [s.reward_parts[part] for s in samples]
+        metrics |= {f"reward/{part}": float(np.mean(values)), f"reward/{part}/std": float(np.std(values))}
     return metrics
 
 
