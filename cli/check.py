@@ -28,6 +28,10 @@ def check(
     address: Annotated[
         str | None, typer.Option(help="Check placement on this cluster instead of this machine.")
     ] = None,
+    node: Annotated[
+        list[str] | None,
+        typer.Option(help="With --only: nodes that you might get, 8x128,1024gb,8xH100."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="How many masks to print for each stage.")] = 2,
     only: Annotated[
         Part | None, typer.Option(help="Look at this alone; plan and placement read neither data nor weights.")
@@ -45,6 +49,7 @@ def check(
 
     Example: raylign check recipes/quickstart.yaml
     """
+    from ..cluster.errors import InputError
     from ..cluster.rundir import refuse_reserved
     from ..trainers.recipe import load_recipe
 
@@ -58,7 +63,10 @@ def check(
     if only:
         from .plan import show_placement, show_plan
 
-        return show_plan(config, json=json) if only is Part.PLAN else show_placement(config, json=json)
+        show = show_plan if only is Part.PLAN else show_placement
+        return show(config, node or [], json=json)
+    if node:
+        raise InputError("--node describes nodes for --only plan or --only placement: add one of the two")
     with tempfile.TemporaryDirectory(prefix="raylign-check-") as folder:
         facts, masks, proofs = _prove(config, Path(folder), examples)
     if json:

@@ -1,5 +1,6 @@
 """What `raylign check --only plan` and `--only placement` print."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +12,35 @@ if TYPE_CHECKING:
 _ITEMS = ("weights", "gradients", "optimizer", "activations", "logits", "kv_cache", "headroom")
 
 
-def show_plan(config: "RunConfig", *, json: bool) -> None:
-    """Print what every role of every stage needs. Raises `DoesNotFit` after that where the memory is not there."""
+def show_plan(config: "RunConfig", nodes: Sequence[str], *, json: bool) -> None:
+    """Print what every role of every stage needs, on `nodes` in words, where there are any, or those that are there.
+
+    Raises `DoesNotFit` after that where the memory or the places are not there.
+    """
     from ..trainers.launch import rooms
-    from ..trainers.plan.room import flops_per_second, require_room
+    from ..trainers.pipeline import check_placement
+    from ..trainers.plan.room import described, flops_per_second, require_room
     from ..trainers.plan.stages import plan_stages
 
     stages = plan_stages(config, config_folder(config))
-    there = rooms(config)
+    said = [described(text) for text in nodes]
+    there = [room for _, rooms in said for room in rooms] or rooms(config)
     facts = [stage.facts(flops_per_second(stage, there)) for stage in stages]
     if json:
         print_json({"plan": {"stages": facts}})
     else:
         _print_plan(facts)
     require_room(stages, there)
+    if nodes:
+        check_placement(config, [offer for offers, _ in said for offer in offers])
 
 
-def show_placement(config: "RunConfig", *, json: bool) -> None:
-    """Print what is asked and where it fits. Raises `DoesNotFit`."""
+def show_placement(config: "RunConfig", nodes: Sequence[str], *, json: bool) -> None:
+    """Print what is asked and where it fits, on `nodes` in words or those that are there. Raises `DoesNotFit`."""
     from ..trainers.launch import placement
+    from ..trainers.plan.room import described
 
-    fits = placement(config)
+    fits = placement(config, [offer for text in nodes for offer in described(text)[0]])
     if json:
         print_json({"placement": fits})
         return

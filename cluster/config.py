@@ -38,6 +38,9 @@ class Resources(Config):
     cpus: float = Field(default=1.0, ge=0)
     gpus: float = Field(default=0.0, ge=0)
     """Part of one GPU, which others may share, or whole ones."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """On nodes with these labels alone, as Ray selects them: `{ray.io/market-type: spot}`, also `"!spot"`, `"in(a, b)"`
+    and `"!in(a, b)"`. Nodes get theirs with `ray start --labels` or from the cloud."""
 
     @field_validator("gpus")
     @classmethod

@@ -48,7 +48,7 @@ def offers() -> list[Offer]:
 
     alive = [n for n in ray.nodes() if n["Alive"]]
     alive.sort(key=lambda n: ("node:__internal_head__" not in n["Resources"], n["NodeManagerAddress"], n["NodeID"]))
-    return [Offer(_name(n), n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0)) for n in alive]
+    return [_offer(n, n["Resources"]) for n in alive]
 
 
 def free_offers() -> list[Offer]:
@@ -58,8 +58,11 @@ def free_offers() -> list[Offer]:
 
     left = available_resources_per_node()
     alive = [n for n in ray.nodes() if n["Alive"]]
-    have = [(_name(n), left.get(n["NodeID"], {})) for n in alive]
-    return [Offer(name, free.get("CPU", 0.0), free.get("GPU", 0.0)) for name, free in have]
+    return [_offer(n, left.get(n["NodeID"], {})) for n in alive]
+
+
+def _offer(node: dict[str, Any], has: dict[str, float]) -> Offer:
+    return Offer(_name(node), has.get("CPU", 0.0), has.get("GPU", 0.0), node.get("Labels") or {})
 
 
 def _name(node: dict[str, object]) -> str:
@@ -102,7 +105,7 @@ def reserve(role: str, resources: Resources, bounds: Bounds = ANYWHERE) -> "Plac
 
     name = f"{role}-{uuid.uuid4().hex[:8]}"  # Ray refuses a name that is in use
     bundle = {name: n for name, n in (("CPU", resources.cpus), ("GPU", resources.gpus)) if n > 0}
-    return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(bounds))
+    return placement_group([bundle or {"CPU": 0.001}], name=name, bundle_label_selector=_selector(resources, bounds))
 
 
 @contextmanager
@@ -118,8 +121,9 @@ def wished(asked: Sequence[Resources]) -> Iterator[Callable[[], None]]:
         if told and time.monotonic() - told < _TELL_SECONDS:
             return
         told = time.monotonic()
-        bundles = [{name: n for name, n in (("CPU", r.cpus), ("GPU", r.gpus)) if n > 0} for r in asked]
-        request_resources(bundles=[bundle for bundle in bundles if bundle])
+        some = [r for r in asked if r.cpus or r.gpus]
+        bundles = [{name: n for name, n in (("CPU", r.cpus), ("GPU", r.gpus)) if n > 0} for r in some]
+        request_resources(bundles=bundles, bundle_label_selectors=[r.labels for r in some])
 
     try:
         yield tell
@@ -128,17 +132,17 @@ def wished(asked: Sequence[Resources]) -> Iterator[Callable[[], None]]:
             request_resources(bundles=[])
 
 
-def _selector(bounds: Bounds) -> Any:
-    """Bounds as Ray takes them: by the label with its id that every node has; None for no bounds, which Ray's own type
-    forgets."""
+def _selector(resources: Resources, bounds: Bounds) -> Any:
+    """Labels and bounds as Ray takes them, these by the label with its id that every node has; None for neither, which
+    Ray's own type forgets."""
     import ray
 
     if bounds == ANYWHERE:
-        return None
+        return [resources.labels] if resources.labels else None
     ids = {_name(n): str(n["NodeID"]) for n in ray.nodes()}  # of dead ones too: who is bound to one waits
     which = bounds.never if bounds.only is None else bounds.only - bounds.never
     listed = ",".join(sorted(ids[name] for name in which if name in ids)) or "none"
-    return [{"ray.io/node-id": f"{'!' if bounds.only is None else ''}in({listed})"}]
+    return [resources.labels | {"ray.io/node-id": f"{'!' if bounds.only is None else ''}in({listed})"}]
 
 
 def missing(role: str, resources: Resources, seconds: float, bounds: Bounds = ANYWHERE) -> str:

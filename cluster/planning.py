@@ -1,7 +1,7 @@
 """Whether a run's roles fit on the nodes, and on which node each actor then goes. Pure: it knows no Ray."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from .errors import DoesNotFit
 
@@ -20,13 +20,16 @@ class Demand:
     """All of them on the node of that role, of its first actor where it has several."""
     split_from: tuple[str, ...] = ()
     """None of them on a node that has an actor of these roles."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """On nodes with these labels alone: each a value, `!value`, `in(value, …)` or `!in(value, …)`."""
 
     @property
     def each(self) -> str:
         """What one of them asks for: `0.5 CPU colocated with policy`."""
         together = f" colocated with {self.colocate_with}" if self.colocate_with else ""
         apart = f" split from {', '.join(self.split_from)}" if self.split_from else ""
-        return f"{amount(self.cpus, self.gpus)}{together}{apart}"
+        labels = f" on {_labelled(self.labels)}" if self.labels else ""
+        return f"{amount(self.cpus, self.gpus)}{together}{apart}{labels}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,19 @@ class Offer:
     node: str
     cpus: float
     gpus: float = 0.0
+    labels: Mapping[str, str] | None = field(default_factory=dict)
+    """None where it gets whatever labels are asked for."""
+
+    def has(self, labels: Mapping[str, str]) -> bool:
+        """Whether it has such labels."""
+        return self.labels is None or all(_selects(wanted, self.labels.get(key)) for key, wanted in labels.items())
+
+
+def _selects(wanted: str, value: str | None) -> bool:
+    """Whether a label's value is one that a selector of Ray's takes; a label that is missing is no value at all."""
+    positive = wanted.removeprefix("!")
+    listed = positive.removeprefix("in(").removesuffix(")").split(",") if positive.startswith("in(") else [positive]
+    return (value in [one.strip() for one in listed]) != wanted.startswith("!")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +96,12 @@ class _Node:
     """What is left of each device."""
     roles: frozenset[str] = frozenset()
     """Who is there."""
+    offer: Offer | None = None
+    """What it was at first."""
+
+    def has_labels_for(self, pack: _Pack) -> bool:
+        """Whether it has the labels that everybody in the pack asks for."""
+        return self.offer is None or all(self.offer.has(d.labels) for d, _ in pack.actors)
 
     def taking(self, pack: _Pack) -> "_Node | None":
         """The node with the pack on it, where there is room. As in Ray, parts of a GPU lie on one device."""
@@ -93,7 +115,7 @@ class _Node:
                 if device is None:
                     return None
                 gpus[gpus.index(device)] = device - size
-        return _Node(self.name, cpus, tuple(gpus), self.roles | pack.roles)
+        return _Node(self.name, cpus, tuple(gpus), self.roles | pack.roles, self.offer)
 
 
 _State = tuple[dict[str, _Node], list[Assignment]]
@@ -116,7 +138,7 @@ def plan(demands: Sequence[Demand], nodes: Sequence[Offer], standing: Sequence[A
     """
     split = {(d.role, other) for d in demands for other in d.split_from}
     apart = {d.role: {b for a, b in split if a == d.role} | {a for a, b in split if b == d.role} for d in demands}
-    there = {n.node: _Node(n.node, n.cpus, _devices(n.gpus), _roles_on(n.node, standing)) for n in nodes}
+    there = {n.node: _Node(n.node, n.cpus, _devices(n.gpus), _roles_on(n.node, standing), n) for n in nodes}
     heads, others = _packs(demands, [s for s in standing if s.node in there])
     found = _search(heads, others, (there, []), apart)
     if isinstance(found, _Refused):
@@ -186,14 +208,23 @@ def _choices(pack: _Pack, state: _State, apart: dict[str, set[str]]) -> Iterator
     nodes, placed = state
     shunned = frozenset(other for role in pack.roles for other in apart.get(role, ()))
     able = [n for n in nodes.values() if pack.node in (None, n.name) and not n.roles & shunned]
+    able = [n for n in able if n.has_labels_for(pack)]
     able.sort(key=lambda n: (bool(shunned) and not n.roles & pack.roles, sum(n.gpus), n.cpus))
     seen = set()
     for node in able:
         after = node.taking(pack)
-        if after is None or (like := (node.cpus, node.gpus, node.roles)) in seen:
+        if after is None or (like := (node.cpus, node.gpus, node.roles, _labels_of(node))) in seen:
             continue
         seen.add(like)
         yield nodes | {node.name: after}, [*placed, *(Assignment(d.role, i, node.name) for d, i in pack.actors)]
+
+
+def _labels_of(node: _Node) -> frozenset[tuple[str, str]]:
+    return frozenset((node.offer.labels or {}).items()) if node.offer else frozenset()
+
+
+def _labelled(labels: Mapping[str, str]) -> str:
+    return "nodes with " + ", ".join(f"{key} {value}" for key, value in labels.items())
 
 
 def _refusal(pack: _Pack, demands: Sequence[Demand], nodes: Sequence[Offer], apart: dict[str, set[str]]) -> str:
@@ -219,7 +250,14 @@ def _counted(roles: Iterable[str]) -> list[str]:
 
 def _mend(pack: _Pack, nodes: Sequence[Offer], shunned: Sequence[str]) -> str:
     role = pack.head.role
-    large = any(_Node(n.node, n.cpus, _devices(n.gpus)).taking(pack) for n in nodes)
+    labels = {key: value for d, _ in pack.actors for key, value in d.labels.items()}
+    fitting = [n for n in nodes if n.has(labels)]
+    if not fitting:
+        return (
+            f"no node has the labels that {role} asks for ({_labelled(labels)[11:]}): start some with `ray start "
+            "--labels`, or change the role's labels"
+        )
+    large = any(_Node(n.node, n.cpus, _devices(n.gpus)).taking(pack) for n in fitting)
     if not large and len(pack.actors) > 1:
         return (
             f"colocated they need a node with {amount(pack.cpus, pack.gpus)} and none is large enough: lower their "

@@ -33,7 +33,7 @@ class Places:
     def asked(self) -> list[Resources]:
         """What each actor reserves: of all roles, and of the rollout workers of the start."""
         each = [d for d in (*self._roles, self._rollout) for _ in range(d.count)]
-        return [Resources(cpus=d.cpus, gpus=d.gpus) for d in each]
+        return [Resources(cpus=d.cpus, gpus=d.gpus, labels=dict(d.labels)) for d in each]
 
     def stands(self, actor: str, node: str) -> None:
         """A rollout worker has its place."""

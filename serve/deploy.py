@@ -45,7 +45,8 @@ def start(
     """
     _quiet()
     _check_host(config.host, registry)
-    plan([Demand("serve replica", config.replicas.start, config.resources.cpus, config.resources.gpus)], offers())
+    each = config.resources
+    plan([Demand("serve replica", config.replicas.start, each.cpus, each.gpus, labels=each.labels)], offers())
     entry = Registry(registry).register_base(base)
     deadline = time.monotonic() + timeout
     port = _open_port(config.host, config.port)
@@ -162,7 +163,11 @@ def service_of(
         **_count(config.replicas),
         max_ongoing_requests=_MAX_ONGOING,
         max_surge_percent=100,  # an update starts the new replicas before it drains the old ones
-        ray_actor_options={"num_cpus": config.resources.cpus, "num_gpus": config.resources.gpus},
+        ray_actor_options={
+            "num_cpus": config.resources.cpus,
+            "num_gpus": config.resources.gpus,
+            **({"label_selector": config.resources.labels} if config.resources.labels else {}),
+        },
         graceful_shutdown_timeout_s=config.drain_seconds,
         max_constructor_retry_count=2,
     )

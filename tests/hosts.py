@@ -75,9 +75,10 @@ class Hosts:
         """A command as it runs on a host."""
         return ["ip", "netns", "exec", self._host(number), *command]
 
-    def start_node(self, number: int, cpus: int) -> None:
-        """`ray start` on a host, the head's or one that joins it."""
-        self._start(number, cpus, ["--address", self.control_store] if number else _HEAD)
+    def start_node(self, number: int, cpus: int, labels: str = "") -> None:
+        """`ray start` on a host, the head's or one that joins it; `labels` are such as `disk=ssd`."""
+        which = ["--address", self.control_store] if number else _HEAD
+        self._start(number, cpus, [*which, *(["--labels", labels] if labels else [])])
 
     def start_autoscaling_head(self, cpus: int, most: int, *, idle_minutes: float) -> None:
         """`ray start` on the head, with Ray's autoscaler: up to `most` nodes of one CPU come when they are needed,

@@ -16,6 +16,7 @@ from .hosts import Hosts, hosts, unavailable
 
 HELD = '[{type: function, path: "rewards.py:held", timeout_seconds: 300}]'
 CUT_SECONDS = 60
+SPOT = "ray.io/market-type=spot"
 
 
 @pytest.fixture
@@ -92,10 +93,11 @@ def raylign(*arguments: str | Path) -> list[str]:
 def test_one_to_four_to_two_workers_a_lost_host_and_one_cut_off_leave_the_weights_as_they_are(
     network: Hosts, tiny_grpo: Callable[..., Path], tmp_path: Path
 ) -> None:
-    network.start_node(0, 2)  # has room for the policy and its scorer, each other host for one worker
+    network.start_node(0, 8)  # has room for all; each other host for one worker
     for number in (1, 2):
-        network.start_node(number, 1)
-    recipe, storage, hold = tiny_grpo("spread", **APART), tmp_path / "runs", tmp_path / "hold"
+        network.start_node(number, 1, SPOT)
+    where = {"stages__0__rollout__resources": "{labels: {ray.io/market-type: spot}}"}
+    recipe, storage, hold = tiny_grpo("spread", **APART | where), tmp_path / "runs", tmp_path / "hold"
     undisturbed = run_alone(tiny_grpo, tmp_path)
 
     command = raylign("run", recipe, "--storage", storage, "--address", network.control_store)
@@ -104,7 +106,7 @@ def test_one_to_four_to_two_workers_a_lost_host_and_one_cut_off_leave_the_weight
     run.until("one worker", lambda: run.workers() == 1)
     scaling = subprocess.Popen(raylign("scale", "spread", "--rollout", "4", "--storage", storage))
     for number in (3, 4):
-        network.start_node(number, 1)
+        network.start_node(number, 1, SPOT)
     run.until("four workers", lambda: run.workers() == 4)
     assert scaling.wait(timeout=60) == 0
     hold.unlink()
@@ -128,7 +130,7 @@ def test_one_to_four_to_two_workers_a_lost_host_and_one_cut_off_leave_the_weight
         time.sleep(1)
     network.join(2)
     network.kill(2)  # its raylet was given up; a service manager starts a node again
-    network.start_node(2, 1)
+    network.start_node(2, 1, SPOT)
     run.until("it is back", lambda: run.workers() == 3)
     scaled = subprocess.run(raylign("scale", "spread", "--rollout", "2", "--storage", storage), timeout=150)
     assert scaled.returncode == 0

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..cluster.auth import ask_for_token
@@ -229,13 +229,14 @@ def _way_on(run: RunDir) -> str:
     return f"the last checkpoint is {kept[-1].relative_to(run.path)}: `raylign resume {run.argument}` goes on from it"
 
 
-def placement(config: RunConfig) -> dict[str, Any]:
-    """Whether every stage fits, on the cluster that a run would join or else on this machine; what was asked and is.
+def placement(config: RunConfig, nodes: Sequence[Offer] = ()) -> dict[str, Any]:
+    """Whether every stage fits, on these nodes, or the cluster that a run would join, or else this machine; what was
+    asked and is.
 
     Raises `DoesNotFit`, and `ClusterUnreachable` where that cluster does not answer.
     """
-    nodes = [this_machine(config)]
-    if cluster_address(config):
+    given, nodes = bool(nodes), nodes or [this_machine(config)]
+    if not given and cluster_address(config):
         with connect(config.cluster):
             nodes = offers()
     check_placement(config, nodes)

@@ -64,13 +64,17 @@ def check_placement(config: RunConfig, nodes: Sequence[Offer]) -> None:
         plan(demands(stage), nodes)
     if config.serve:
         resources = config.serve.resources
-        plan([Demand("serve replica", config.serve.replicas.start, resources.cpus, resources.gpus)], nodes)
+        each = Demand(
+            "serve replica", config.serve.replicas.start, resources.cpus, resources.gpus, labels=resources.labels
+        )
+        plan([each], nodes)
 
 
 def demands(stage: StageConfig) -> list[Demand]:
     """What a stage's actors reserve at its start."""
     if not isinstance(stage, OnlineStage):
-        return [Demand("train worker", stage.workers, stage.resources.cpus, stage.resources.gpus)]
+        each = stage.resources
+        return [Demand("train worker", stage.workers, each.cpus, each.gpus, labels=each.labels)]
     return role_demands(stage.roles)
 
 

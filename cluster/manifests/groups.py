@@ -20,4 +20,4 @@ class Group:
 
 def offers(groups: Sequence[Group]) -> list[Offer]:
     """What the groups have at their largest, for the planner; the head has nothing for actors."""
-    return [Offer(f"{g.name}-{n}", g.cpus, g.gpus) for g in groups for n in range(g.most)]
+    return [Offer(f"{g.name}-{n}", g.cpus, g.gpus, labels=None) for g in groups for n in range(g.most)]

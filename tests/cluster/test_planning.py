@@ -209,3 +209,41 @@ def test_plans_fulfil_every_wish_and_hardly_miss_a_fit_that_an_exhaustive_search
             refused += not exists
     assert min(fits, refused) > 150
     assert missed <= fits / 100
+
+
+SPOT, LASTING = {"ray.io/market-type": "spot"}, {"ray.io/market-type": "on-demand"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nodes"),
+    [
+        ("spot", ["b", "c"]),
+        ("!spot", ["a", "d"]),
+        ("in(spot, on-demand)", ["a", "b", "c"]),
+        ("!in(spot,on-demand)", ["d"]),
+        ("spare", []),
+    ],
+)
+def test_labels_select_nodes_as_ray_does(wanted: str, nodes: list[str]) -> None:
+    offers = [Offer("a", 1, 0, LASTING), Offer("b", 1, 0, SPOT), Offer("c", 1, 0, SPOT), Offer("d", 1)]
+    demand = Demand("rollout", len(nodes) or 1, labels={"ray.io/market-type": wanted})
+    if not nodes:
+        with pytest.raises(
+            DoesNotFit, match=r"no node has the labels that rollout asks for \(ray.io/market-type spare\)"
+        ):
+            plan([demand], offers)
+        return
+    assert sorted(a.node for a in plan([demand], offers)) == nodes
+    with pytest.raises(DoesNotFit):
+        plan([Demand("rollout", len(nodes) + 1, labels=demand.labels)], offers)
+
+
+def test_who_stands_together_needs_the_labels_of_all() -> None:
+    policy = Demand("policy", 1, labels=LASTING)
+    scorer = Demand("reward", 1, cpus=0.5, colocate_with="policy", labels={"disk": "ssd"})
+    both = Offer("c", 2, 0, LASTING | {"disk": "ssd"})
+    assert nodes_of([policy, scorer], [Offer("a", 4, 0, LASTING), both]) == {"policy": ["c"], "reward": ["c"]}
+
+
+def test_a_node_that_gets_what_is_asked_for_has_every_label() -> None:
+    assert plan([Demand("rollout", 1, labels=SPOT)], [Offer("new", 1, 0, None)])[0].node == "new"

@@ -187,6 +187,7 @@ def _fit(job: TrainJob, rows: "pa.Table", held_out: "pa.Table | None", wait_seco
             num_workers=stage.workers,
             use_gpu=stage.resources.gpus > 0,
             resources_per_worker={"CPU": stage.resources.cpus, "GPU": stage.resources.gpus},
+            label_selector=stage.resources.labels or None,
         ),
         run_config=RunConfig(
             name=job.checkpoints.name,

@@ -2,7 +2,8 @@
 
 The model is built on torch's meta device. What a forward keeps for its backward is found by running one on fake
 tensors, which have shapes and no memory, and adding up what autograd saves: so the numbers are those of the
-architecture's own code and of the attention that this device would use.
+architecture's own code and of the attention that this device would use. Where torch was built without CUDA, a GPU is
+taken to keep what a CPU's forward keeps.
 """
 
 import warnings
@@ -140,6 +141,7 @@ def _saved(model: Any, vocabulary: int, rows: int, tokens: int, head: Head, devi
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    device = device if torch.backends.cuda.is_built() else "cpu"
     kept: dict[int, tuple[int, bool, Any]] = {}
     with FakeTensorMode():
         _make_fake(model, device)

@@ -1,11 +1,13 @@
 """What nodes can hold and compute, and whether a plan fits there."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...cluster.errors import DoesNotFit
+from ...cluster.errors import DoesNotFit, InputError
+from ...cluster.planning import Offer
 from .stages import RolePlan, StagePlan
 
 _CARDS = {
@@ -69,6 +71,36 @@ def _room(node: str, resources: dict[str, float]) -> Room:
         gpu_memory=known[0] * 1e9 if known else None,
         gpu_flops=known[1] * 1e12 * _UTILISATION if known else None,
     )
+
+
+_NODES = re.compile(r"(\d+)x(\d+)(?:,(\d+)gb)?(?:,(\d+)x([\w-]+))?")
+
+
+def described(text: str) -> tuple[list[Offer], list[Room]]:
+    """Nodes that are not there yet, from words: `8x128,1024gb,8xH100` is eight of 128 CPUs, 1,024 GB and 8 H100 each.
+
+    Memory and GPUs may be left out; they have whatever labels a recipe asks for. Raises `InputError`.
+    """
+    found = _NODES.fullmatch(text.replace(" ", ""))
+    card = _CARDS.get(found[5]) if found and found[5] else None
+    if found is None or (found[5] and card is None):
+        raise InputError(
+            f"--node {text!r}: write COUNTxCPUS,MEMORYgb,GPUSxCARD, such as 8x128,1024gb,8xH100; cards are "
+            f"{', '.join(_CARDS)}"
+        )
+    count, cpus, gpus = int(found[1]), int(found[2]), int(found[4] or 0)
+    offers = [Offer(f"{text} #{n + 1}", cpus, gpus, labels=None) for n in range(count)]
+    rooms = [
+        Room(
+            node=offer.node,
+            memory=float(found[3]) * 1e9 if found[3] else None,
+            gpus=gpus,
+            gpu_memory=card[0] * 1e9 if card else None,
+            gpu_flops=card[1] * 1e12 * _UTILISATION if card else None,
+        )
+        for offer in offers
+    ]
+    return offers, rooms
 
 
 def flops_per_second(stage: StagePlan, rooms: Sequence[Room]) -> float | None:

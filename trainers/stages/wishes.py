@@ -26,7 +26,7 @@ Roles = Mapping[str, tuple[int, RoleResources]]
 def role_demands(roles: Roles) -> list[Demand]:
     """What the roles reserve and where, as the planner takes it."""
     return [
-        Demand(role, count, r.cpus, r.gpus, colocate_with=r.colocate_with, split_from=r.split_from)
+        Demand(role, count, r.cpus, r.gpus, colocate_with=r.colocate_with, split_from=r.split_from, labels=r.labels)
         for role, (count, r) in roles.items()
     ]
 

@@ -85,7 +85,10 @@ def test_a_stage_without_wishes_asks_for_room_alone() -> None:
             "rollout.resources.split_from 'reference': colocate_with puts both on the node of policy",
         ),
         ({"policy": {"gpus": 1.5}}, "1.5: an actor has a part of one GPU or whole ones; take 1"),
-        ({"policy": {"near": "reference"}}, "unknown key 'near': known keys are cpus, gpus, colocate_with, split_from"),
+        (
+            {"policy": {"near": "reference"}},
+            "unknown key 'near': known keys are cpus, gpus, labels, colocate_with, split_from",
+        ),
     ],
 )
 def test_wishes_that_no_cluster_could_fulfil_are_refused(fields: dict[str, Any], message: str) -> None:
