@@ -19,12 +19,16 @@ _LOOK_EVERY_SECONDS = 0.3
 def logs(
     run: Annotated[str, typer.Argument(help="The run's name.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    workers: Annotated[
+        bool, typer.Option("--workers", help="Of a submitted run: what every worker printed, too, from its storage.")
+    ] = False,
     tail: Annotated[int | None, typer.Option(min=0, help="Begin with the last lines only.")] = None,
     storage: StorageOption = None,
 ) -> None:
     """Print the log of a run. With -f, end when the run does, with its exit code.
 
-    A submitted run is followed through its cluster, again after a broken connection.
+    A submitted run is followed through its cluster, again after a broken connection. The log of a run here, and with
+    --workers of any whose storage this machine shares, has the lines of all its workers, on whatever node.
 
     Example: raylign logs quickstart -f
     """
@@ -32,7 +36,7 @@ def logs(
     from ..cluster.submission import Submission
 
     root = (storage or Path("runs")).resolve()
-    submission = Submission.load(root, run)
+    submission = None if workers else Submission.load(root, run)
     code = _of_job(submission, follow, tail) if submission else _of_file(RunDir.find(root, run), follow, tail)
     if code:
         raise typer.Exit(code)

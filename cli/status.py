@@ -1,5 +1,6 @@
 """`raylign status`: where runs are."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,8 @@ def _print_one(facts: dict[str, Any]) -> None:
     if facts["dashboard"] and facts["status"] not in (*FINAL, "lost"):
         rows.append(["dashboard", facts["dashboard"]])
     rows += [["reason", facts["reason"]]] if facts["reason"] else []
+    oldest = sorted(facts["waiting"], key=lambda wait: wait["since"])[:3]
+    rows += [["waits for", f"{w['what']} {w['actor']}, {time.time() - w['since']:.0f} s"] for w in oldest]
     if len(facts["attempts"]) > 1:
         rows.append(["attempts", ", ".join(a["status"] or "not ended" for a in facts["attempts"])])
     rows += [[name, f"{value:.4g}"] for name, value in facts["metrics"].items()]

@@ -17,6 +17,7 @@ from .auth import ask_for_token, token_file
 from .config import ClusterConfig
 from .errors import ClusterUnreachable, InputError
 from .processes import MARK, end, members, started
+from .worker_logs import into_the_log
 
 NO_METRICS_PORTS = {
     "RAY_enable_metrics_collection": "0",
@@ -91,13 +92,14 @@ def _local(config: ClusterConfig, dashboard: bool) -> Iterator[Session]:
                 include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
                 dashboard_port=free_port("127.0.0.1"),  # 8265 is for a cluster that stays
-                log_to_driver=False,
+                log_to_driver=True,
                 logging_level=logging.WARNING,
                 _node_ip_address=host,
             )
         folder = Path(_session_folder())
         watchdog.tell(watch, folder)
-        yield _current(local=True)
+        with into_the_log():
+            yield _current(local=True)
     finally:
         known = [started(p) for p in members(mark, folder)]
         ray.shutdown()
@@ -112,11 +114,12 @@ def _existing(address: str) -> Iterator[Session]:
     probe(address)
     ask_for_token(make=False)  # of an address that cannot be probed too
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterUnreachable(f"no Ray cluster answers at {address}: {_first_line(error)}") from error
     try:
-        yield _current(local=False)
+        with into_the_log():
+            yield _current(local=False)
     finally:
         ray.shutdown()
 

@@ -129,7 +129,8 @@ class Hosts:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *which]
         options = ["--node-ip-address", self.address(number), "--num-cpus", str(cpus), "--temp-dir", str(folder)]
         options += ["--object-store-memory", "200000000", "--disable-usage-stats"]
-        _run(self.command(number, [*ray, *options]), os.environ | (told or {}))
+        # the hosts share this machine's name, by which gloo would look for an address
+        _run(self.command(number, [*ray, *options]), os.environ | {"GLOO_SOCKET_IFNAME": "eth0"} | (told or {}))
 
     def cut(self, number: int) -> None:
         """Pull a host's plug out of the switch."""

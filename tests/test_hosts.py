@@ -186,3 +186,63 @@ def test_the_autoscaler_brings_nodes_for_workers_and_takes_them_back(
     while nodes() > 1:
         assert time.monotonic() < deadline, "the last worker's node stays though nothing is asked for"
         time.sleep(1)
+
+
+CPT = """\
+name: {name}
+seed: 5
+model: {{path: {model}}}
+stages:
+  - type: cpt
+    data: {{path: texts.jsonl}}
+    steps: 400
+    batch_size: 8
+    micro_batch_size: 2
+    max_length: 512
+    learning_rate: 0.003
+    workers: {workers}
+    checkpoint_every: 10
+cluster: {{cpus: 2}}
+"""
+
+
+@pytest.mark.multinode
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("network", [3], indirect=True)
+def test_training_workers_grow_with_the_cluster_and_survive_a_lost_host(
+    network: Hosts, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One host, then two, then one is lost; losses and weights are those of one worker, up to the order of sums."""
+    texts = [json.dumps({"text": " ".join(str(n + k) for k in range(120))}) for n in range(64)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    storage = tmp_path / "runs"
+    for name, workers in (("fixed", "1"), ("elastic", "{min: 1, max: 2}")):
+        (tmp_path / f"{name}.yaml").write_text(CPT.format(name=name, model=tiny_model, workers=workers))
+    fixed = Run(
+        raylign("run", tmp_path / "fixed.yaml", "--storage", storage), RunDir(storage / "fixed"), tmp_path / "1"
+    )
+    alone = fixed.end()
+
+    network.start_node(0, 0)
+    network.start_node(1, 1)
+    command = raylign("run", tmp_path / "elastic.yaml", "--storage", storage, "--address", network.control_store)
+    run = Run(network.command(0, command), RunDir(storage / "elastic"), tmp_path / "elastic.log")
+
+    def workers() -> int:
+        return run.dir.status().get("workers", {}).get("train", 0)
+
+    run.until("one worker trains", lambda: workers() == 1)
+    network.start_node(2, 1)
+    run.until("two train", lambda: workers() == 2)
+    step = run.dir.status()["step"]
+    run.until("a checkpoint of two", lambda: run.dir.status()["step"] > step + 20)
+    network.kill(2)
+    run.until("one goes on", lambda: workers() == 1)
+    summary = run.end()
+
+    assert (summary["status"], summary["workers"]) == ("succeeded", {"min": 1, "max": 2})
+    assert alone["workers"] == {"min": 1, "max": 1}
+    ours, theirs = ([m["loss"] for m in RunDir(storage / name).all_metrics()] for name in ("elastic", "fixed"))
+    assert len(ours) == len(theirs) == 400
+    assert ours == pytest.approx(theirs, rel=2e-3)

@@ -74,7 +74,7 @@ def demands(stage: StageConfig) -> list[Demand]:
     """What a stage's actors reserve at its start."""
     if not isinstance(stage, OnlineStage):
         each = stage.resources
-        return [Demand("train worker", stage.workers, each.cpus, each.gpus, labels=each.labels)]
+        return [Demand("train worker", stage.workers.min, each.cpus, each.gpus, labels=each.labels)]
     return role_demands(stage.roles)
 
 

@@ -31,6 +31,7 @@ from .recipe_trainer import FollowsRecipe
 from .reference_free import orpo, simpo
 from .reward_models import process_reward_model, reward_model
 from .stage import TrainJob
+from .worker import workers
 
 
 def make_trainer(job: TrainJob, model: Any, rows: Dataset, scratch: Path) -> Trainer:
@@ -86,7 +87,7 @@ def _sft(job: TrainJob, options: dict[str, Any], common: dict[str, Any]) -> Any:
 def training_options(job: TrainJob, scratch: Path) -> dict[str, Any]:
     """The training arguments all trainers share."""
     stage = job.stage
-    share = stage.batch_size // stage.workers
+    share = stage.batch_size // workers()
     micro = stage.micro_batch_size or share
     paged = getattr(stage.adapter, "quantize", None) and stage.resources.gpus  # moments can go to the host
     return {

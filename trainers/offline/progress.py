@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from ...cluster.rundir import RunDir
 from .manifests import free_name, write_manifest
 from .stage import TrainJob
-from .worker import agreed
+from .worker import agreed, workers
 
 _TICK_SECONDS = 0.5
 """How often rank 0 tells the run directory where it is and asks it whether to stop."""
@@ -34,7 +34,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End early, with a checkpoint, where a user asked for it."""
         stop = self._rank == 0 and self._tick(state.global_step)
-        if agreed(stop, self._job.stage.workers, args.device) and state.global_step < self._job.steps:
+        if agreed(stop, args.device) and state.global_step < self._job.steps:
             control.should_save = control.should_training_stop = True
 
     def _tick(self, step: int) -> bool:
@@ -43,7 +43,7 @@ class Progress(TrainerCallback):
             return False
         self._next_tick = time.monotonic() + _TICK_SECONDS
         where = {"stage": self._job.name, "step": step, "steps": self._job.steps}
-        self._run.update_status(**where, workers={"train": self._job.stage.workers}, metrics=self._last)
+        self._run.update_status(**where, workers={"train": workers()}, metrics=self._last)
         return bool(self._run.desired().get("stop"))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -59,7 +59,7 @@ class Progress(TrainerCallback):
             control.should_training_stop, control.should_save = True, False
             return
         kept = {k: v for k, v in logs.items() if k not in ("epoch", "num_tokens")}
-        self._last = kept | {"tokens": self._tokens[step - 1]}
+        self._last = kept | {"tokens": self._tokens[step - 1], "workers/train": float(workers())}
         if self._rank == 0:
             self._run.metrics(self._job.name, step, self._last)
 
@@ -72,7 +72,7 @@ class Progress(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Hand the checkpoint to Ray Train: each rank its part, which Ray lays together on the run's storage."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_manifest(folder, self._rank, self._job.stage.workers)
+        write_manifest(folder, self._rank, workers())
         name = free_name(self._job.checkpoints, state.global_step)  # Ray Train takes that of rank 0
         report({"step": state.global_step}, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
         shutil.rmtree(folder)

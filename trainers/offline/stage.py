@@ -32,6 +32,13 @@ _POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 """How often Ray Train's controller looks at its workers. A report waits for that look; at the default of 2 s ten
 checkpoints cost 20 s."""
 
+_RESIZE_SECONDS = 10.0
+"""How often Ray Train looks whether there is room for more workers, or less than there was."""
+
+_DECIDE_SECONDS = 15.0
+"""How long workers of an elastic group may lack their places before their number is decided anew: for a while Ray does
+not know of a node that was lost."""
+
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 """How long Ray Train's controller waits for the workers' places, each time it starts them."""
 
@@ -105,7 +112,7 @@ def run_offline_stage(
         seconds=time.time() - began,
         stopped=made["stopped"],
         restarts=_starts(run_dir, name, began) - 1,
-        workers=(stage.workers, stage.workers),
+        workers=_workers_seen(run_dir, name, stage.workers.max),
         reward_model=Path(made["reward_model"]) if "reward_model" in made else None,
     )
 
@@ -116,10 +123,11 @@ def _require_room(stage: OfflineStage, name: str) -> None:
 
     there = ray.cluster_resources()
     for kind, each in (("CPU", stage.resources.cpus), ("GPU", stage.resources.gpus)):
-        asked, have = stage.workers * each, there.get(kind, 0.0)
+        least = stage.workers.min
+        asked, have = least * each, there.get(kind, 0.0)
         if asked > have:
             raise DoesNotFit(
-                f"stage {name} asks for {asked:g} {kind}s ({stage.workers} workers of {each:g}), "
+                f"stage {name} asks for {asked:g} {kind}s ({least} workers of {each:g}), "
                 f"the cluster has {have:g}: lower workers or resources"
             )
 
@@ -131,8 +139,8 @@ def _await_room(stage: OfflineStage, name: str, wait_seconds: float, run_dir: Ru
     """
     deadline, groups = time.monotonic() + wait_seconds, []
     try:
-        for rank in range(stage.workers):
-            role = f"train worker {rank + 1} of {stage.workers} of stage {name}"
+        for rank in range(stage.workers.min):
+            role = f"train worker {rank + 1} of {stage.workers.min} of stage {name}"
             left = max(0.1, deadline - time.monotonic())
             groups.append(place(role, stage.resources, left, cancelled=lambda: bool(run_dir.desired().get("stop"))))
     finally:
@@ -178,13 +186,16 @@ def _fit(job: TrainJob, rows: "pa.Table", held_out: "pa.Table | None", wait_seco
 
     for key, value in _POLL.items():
         os.environ.setdefault(key, value)
-    os.environ[_START_TIMEOUT] = str(wait_seconds)
     stage = job.stage
+    fixed = stage.workers.min == stage.workers.max
+    patience = wait_seconds if fixed else min(wait_seconds, _DECIDE_SECONDS)
+    os.environ[_START_TIMEOUT] = str(patience)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "rows": ray.put(rows), "held_out": ray.put(held_out)},
         scaling_config=ScalingConfig(
-            num_workers=stage.workers,
+            num_workers=stage.workers.min if fixed else (stage.workers.min, stage.workers.max),
+            elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             use_gpu=stage.resources.gpus > 0,
             resources_per_worker={"CPU": stage.resources.cpus, "GPU": stage.resources.gpus},
             label_selector=stage.resources.labels or None,
@@ -192,7 +203,10 @@ def _fit(job: TrainJob, rows: "pa.Table", held_out: "pa.Table | None", wait_seco
         run_config=RunConfig(
             name=job.checkpoints.name,
             storage_path=str(job.checkpoints.parent),
-            failure_config=FailureConfig(max_failures=stage.max_failures, controller_failure_limit=stage.max_failures),
+            failure_config=FailureConfig(
+                max_failures=stage.max_failures,
+                controller_failure_limit=stage.max_failures + math.ceil(wait_seconds / patience) - 1,
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=stage.keep_last),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -216,13 +230,13 @@ def _failure(error: Exception, job: TrainJob) -> RunFailed | DoesNotFit:
         each = amount(job.stage.resources.cpus, job.stage.resources.gpus)
         free = "; ".join(f"{n.node} has {amount(n.cpus, n.gpus)} free" for n in free_offers())
         return DoesNotFit(
-            f"stage {job.name} asked for {job.stage.workers} workers of {each} and they got no place within "
+            f"stage {job.name} asked for {job.stage.workers.min} workers of {each} and they got no place within "
             f"{os.environ[_START_TIMEOUT]} s: {free}; {_last_checkpoint(job.checkpoints)}"
         )
     failures = getattr(error, "worker_failures", None) or {}
     rank, cause = next(iter(failures.items()), (None, error))
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    where = f"training worker {rank} of {job.stage.workers}" if rank is not None else "Ray Train"
+    where = f"training worker {rank}" if rank is not None else "Ray Train"
     return RunFailed(
         f"stage {job.name}: {where} failed after {job.stage.max_failures} restarts: "
         f"{lines[-1] if lines else type(cause).__name__}; {_last_checkpoint(job.checkpoints)}"
@@ -238,6 +252,12 @@ def _starts(run_dir: RunDir, name: str, since: float) -> int:
     """How often the workers of a stage were started since then."""
     starts = [e for e in run_dir.events("worker") if e.get("role") == "train" and e["stage"] == name]
     return max(1, sum(e["rank"] == 0 and e["time"] >= since for e in starts))
+
+
+def _workers_seen(run_dir: RunDir, name: str, most: int) -> tuple[int, int]:
+    """The fewest and the most workers that a step of the stage had."""
+    seen = [int(m["workers/train"]) for m in run_dir.all_metrics() if m["stage"] == name and "workers/train" in m]
+    return (min(seen), max(seen)) if seen else (most, most)
 
 
 def _summary(run_dir: RunDir, name: str) -> dict[str, float]:

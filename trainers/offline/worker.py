@@ -67,7 +67,7 @@ def _train(
     _quiet()
     checkpoint = _checkpoint(run, rank)
     at = step_of(checkpoint) if checkpoint else 0
-    if _stop_asked(job, run, rank):
+    if _stop_asked(run, rank):
         return not_begun(job, at)
     with importing():
         from .hf_trainer import make_trainer
@@ -77,7 +77,7 @@ def _train(
     trainer = make_trainer(job, _model(job), _in_order(rows, order), scratch)
     progress = Progress(job, run, rank, _tokens_of_steps(rows, order, job.steps), order)
     trainer.add_callback(progress)
-    if _stop_asked(job, run, rank):
+    if _stop_asked(run, rank):
         return not_begun(job, at)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step, adapter = int(trainer.state.global_step), job.adapter and str(job.adapter)
@@ -101,18 +101,25 @@ def _checkpoint(run: RunDir, rank: int) -> Path | None:
     return found
 
 
-def _stop_asked(job: TrainJob, run: RunDir, rank: int) -> bool:
+def _stop_asked(run: RunDir, rank: int) -> bool:
     """Whether the run is asked to stop before its next step; all ranks must ask at the same place."""
     from ray.train.torch import get_device
 
-    return agreed(rank == 0 and bool(run.desired().get("stop")), job.stage.workers, get_device())
+    return agreed(rank == 0 and bool(run.desired().get("stop")), get_device())
 
 
-def agreed(stop: bool, workers: int, device: "torch.device") -> bool:
+def workers() -> int:
+    """How many workers there are now; a stage may have more or fewer when it goes on."""
+    import torch
+
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def agreed(stop: bool, device: "torch.device") -> bool:
     """Whether any rank wants to stop; a collective, so that all do at the same step."""
     import torch
 
-    if workers == 1:
+    if workers() == 1:
         return stop
     flag = torch.tensor([int(stop)], device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)

@@ -101,7 +101,7 @@ def plan_stages(config: RunConfig, folder: Path) -> list[StagePlan]:
 
 
 def _offline(config: RunConfig, stage: Any, adapter: Any, folder: Path) -> StagePlan:
-    share = stage.batch_size // stage.workers
+    share = stage.batch_size // stage.workers.min  # of few workers each has most
     rows = stage.micro_batch_size or share
     pairs = stage.type not in ("cpt", "sft", "kto", "distill")
     forward = rows * (2 if pairs else 1)
@@ -121,10 +121,10 @@ def _offline(config: RunConfig, stage: Any, adapter: Any, folder: Path) -> Stage
         logits="full" if full else "tiles",
         device="gpu" if stage.resources.gpus else "cpu",
     )
-    roles = [RolePlan(role="train", devices=stage.workers, each=each, gpus=stage.resources.gpus, learns=True)]
+    roles = [RolePlan(role="train", devices=stage.workers.max, each=each, gpus=stage.resources.gpus, learns=True)]
     if stage.type in ("dpo", "kto") and adapter is None:
         frozen = reader(model, dtype, adapter=False, tokens=tokens)
-        roles.append(RolePlan(role="reference", devices=stage.workers, each=frozen, gpus=stage.resources.gpus))
+        roles.append(RolePlan(role="reference", devices=stage.workers.max, each=frozen, gpus=stage.resources.gpus))
     return _stage_plan(
         stage,
         roles,

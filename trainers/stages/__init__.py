@@ -31,6 +31,7 @@ from .offline import (
     SimpoStage,
     TeacherConfig,
     TrainStage,
+    TrainWorkers,
 )
 from .online import OnlineStage
 from .watch import AlarmsConfig, EarlyStop, HeldOutConfig
@@ -85,4 +86,5 @@ __all__ = [
     "StageConfig",
     "TeacherConfig",
     "TrainStage",
+    "TrainWorkers",
 ]

@@ -27,10 +27,28 @@ PairLoss = Literal[
 """Losses of pairs, as TRL names them."""
 
 
+class TrainWorkers(Config):
+    """How many workers Ray Train has: as many as find places, from `min` to `max`; a number sets both."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: object) -> object:
+        return {"min": value, "max": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TrainWorkers":
+        if self.min > self.max:
+            raise ValueError(f"needs min <= max, not {self.min}, {self.max}")
+        return self
+
+
 class TrainStage(StageBase):
     """What the stages on Ray Train share."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: TrainWorkers = TrainWorkers()
     """Data-parallel training workers."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Samples per forward on one worker; the worker's whole share by default."""
@@ -45,17 +63,17 @@ class TrainStage(StageBase):
 
     @model_validator(mode="after")
     def _share(self) -> "TrainStage":
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide over {self.workers} workers: "
-                f"take a multiple of {self.workers}"
-            )
-        share = self.batch_size // self.workers
-        if self.micro_batch_size and share % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide a worker's share of {share} "
-                f"(batch_size {self.batch_size} over {self.workers} workers)"
-            )
+        for workers in range(self.workers.min, self.workers.max + 1):
+            if self.batch_size % workers:
+                raise ValueError(
+                    f"batch_size {self.batch_size} does not divide over {workers} workers: take a multiple of {workers}"
+                )
+            share = self.batch_size // workers
+            if self.micro_batch_size and share % self.micro_batch_size:
+                raise ValueError(
+                    f"micro_batch_size {self.micro_batch_size} does not divide a worker's share of {share} "
+                    f"(batch_size {self.batch_size} over {workers} workers)"
+                )
         return self
 
 
@@ -143,7 +161,7 @@ class KtoStage(TrainStage):
 
     @model_validator(mode="after")
     def _compares(self) -> "KtoStage":
-        micro = self.micro_batch_size or self.batch_size // self.workers
+        micro = self.micro_batch_size or self.batch_size // self.workers.max
         if self.loss == "kto" and micro < 2:
             raise ValueError(
                 f"micro_batch_size {micro}: kto compares the rows of a micro-batch with each other: take 2 or more"

@@ -25,7 +25,7 @@ from raylign.trainers.offline.stage import (
     row_order,
     run_offline_stage,
 )
-from raylign.trainers.stages import CptStage, DataConfig, DpoStage, LoraConfig, SftStage
+from raylign.trainers.stages import CptStage, DataConfig, DpoStage, LoraConfig, SftStage, TrainWorkers
 from raylign.trainers.stages.adapters import DoraConfig
 
 DATA = DataConfig(path="rows.jsonl")
@@ -172,7 +172,7 @@ def test_sft_trains_an_adapter_and_not_its_base(tuned: tuple[Path, StageOutcome]
 def test_the_number_of_workers_does_not_matter(
     tuned: tuple[Path, StageOutcome], tiny_model: Path, tmp_path: Path
 ) -> None:
-    alone = SFT.model_copy(update={"workers": 1, "micro_batch_size": 2})
+    alone = SFT.model_copy(update={"workers": TrainWorkers(), "micro_batch_size": 2})
     run(alone, TURNS, ModelState(tiny_model), tmp_path)
     assert losses(tmp_path, "sft") == pytest.approx(losses(tuned[0], "sft"), rel=1e-4)
 
@@ -272,7 +272,7 @@ def test_a_stop_is_followed_before_the_first_step(ray_session: str, tiny_model: 
 def test_a_loss_that_is_no_number_ends_the_run_without_retries(
     ray_session: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    stage = CPT.model_copy(update={"learning_rate": 1e30, "workers": 1, "max_grad_norm": 1e30})
+    stage = CPT.model_copy(update={"learning_rate": 1e30, "workers": TrainWorkers(), "max_grad_norm": 1e30})
     with pytest.raises(
         RunFailed, match=r"stage cpt: step \d+ gave a loss of .* on data rows (\d+, )+\d+: lower learning_rate"
     ):
