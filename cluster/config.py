@@ -103,6 +103,8 @@ class RolloutWorkers(ElasticWorkers):
     @model_validator(mode="before")
     @classmethod
     def _from_auto(cls, value: object) -> object:
+        if type(value) is ElasticWorkers:
+            return value.model_dump()
         return {"min": 1, "max": _AUTO_MOST, "auto": True} if value == "auto" else value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..cluster.rundir import RunDir
 
-CLOCKS = ("time", "seconds/", "scoring/seconds/", "tokens_per_second", "memory/", "workers/rollout")
+CLOCKS = ("time", "seconds/", "scoring/seconds/", "tokens_per_second", "memory/", "workers/", "queue/", "restarts/")
 """How metrics of the machine, not of the recipe, begin."""
 
 _STATE = ("*.safetensors", "optimizer*", "scheduler*", "rng_state*")

@@ -115,7 +115,7 @@ def test_a_full_disk_is_one_line_with_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(launch, "_prove", lambda *_: None)
-    monkeypatch.setattr(launch, "_run_on_ray", full)
+    monkeypatch.setattr(launch, "_work", full)
     monkeypatch.setattr(launch, "conclude", full)
     ended = raylign("resume", "small")
     assert ended.code == 1
