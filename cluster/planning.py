@@ -28,7 +28,7 @@ class Demand:
         """What one of them asks for: `0.5 CPU colocated with policy`."""
         together = f" colocated with {self.colocate_with}" if self.colocate_with else ""
         apart = f" split from {', '.join(self.split_from)}" if self.split_from else ""
-        labels = f" on {_labelled(self.labels)}" if self.labels else ""
+        labels = f" on nodes with {_listed(self.labels)}" if self.labels else ""
         return f"{amount(self.cpus, self.gpus)}{together}{apart}{labels}"
 
 
@@ -223,8 +223,8 @@ def _labels_of(node: _Node) -> frozenset[tuple[str, str]]:
     return frozenset((node.offer.labels or {}).items()) if node.offer else frozenset()
 
 
-def _labelled(labels: Mapping[str, str]) -> str:
-    return "nodes with " + ", ".join(f"{key} {value}" for key, value in labels.items())
+def _listed(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in labels.items())
 
 
 def _refusal(pack: _Pack, demands: Sequence[Demand], nodes: Sequence[Offer], apart: dict[str, set[str]]) -> str:
@@ -254,7 +254,7 @@ def _mend(pack: _Pack, nodes: Sequence[Offer], shunned: Sequence[str]) -> str:
     fitting = [n for n in nodes if n.has(labels)]
     if not fitting:
         return (
-            f"no node has the labels that {role} asks for ({_labelled(labels)[11:]}): start some with `ray start "
+            f"no node has the labels that {role} asks for ({_listed(labels)}): start some with `ray start "
             "--labels`, or change the role's labels"
         )
     large = any(_Node(n.node, n.cpus, _devices(n.gpus)).taking(pack) for n in fitting)

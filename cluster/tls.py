@@ -24,8 +24,8 @@ _PROBE_SECONDS = 5.0
 _AUTHORITY, _PAIR, _KEY = "ca.pem", "node.pem", "node.key"
 
 
-def make(folder: Path, hosts: Sequence[str], days: int = _DAYS) -> None:
-    """Write `ca.pem`, `node.pem` and `node.key` (mode 0600), valid for these addresses and names.
+def make(folder: Path, hosts: Sequence[str]) -> None:
+    """Write `ca.pem`, `node.pem` and `node.key` (mode 0600), valid for these addresses and names, for a year.
 
     The authority's own key is not kept: nobody can add to the cluster's peers later. New addresses need new files.
     """
@@ -47,7 +47,7 @@ def make(folder: Path, hosts: Sequence[str], days: int = _DAYS) -> None:
             .public_key(of.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks of nodes differ
-            .not_valid_after(now + datetime.timedelta(days=days))
+            .not_valid_after(now + datetime.timedelta(days=_DAYS))
             .add_extension(x509.BasicConstraints(ca=signs, path_length=None), critical=True)
         )
 

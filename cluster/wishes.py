@@ -29,9 +29,9 @@ def signed(run: str, wishes: Mapping[str, Any]) -> dict[str, Any]:
 
 def valid(run: str, written: Mapping[str, Any]) -> bool:
     """Whether what `desired.json` says comes from someone with this process's token."""
-    token = key()
-    wishes = without_signature(written)
-    return token is None or hmac.compare_digest(str(written.get(SIGNATURE, "")), _mac(token, run, wishes))
+    token, wishes = key(), without_signature(written)
+    given = str(written.get(SIGNATURE, "")).encode(errors="replace")  # of bytes it may be any; of text ASCII alone
+    return token is None or hmac.compare_digest(given, _mac(token, run, wishes).encode())
 
 
 def without_signature(written: Mapping[str, Any]) -> dict[str, Any]:

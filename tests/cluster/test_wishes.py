@@ -35,11 +35,16 @@ def test_a_wish_of_someone_with_the_token_counts(run: RunDir) -> None:
 
 
 def test_a_wish_that_is_not_signed_is_noted_and_does_nothing(run: RunDir) -> None:
-    for text in ('{"stop": true}', '{"stop": true, "signature": "00"}', '{"stop": true, "signature": 7}'):
+    for text in (
+        '{"stop": true}',
+        '{"stop": true, "signature": "00"}',
+        '{"stop": true, "signature": 7}',
+        '{"stop": true, "signature": "é"}',
+    ):
         forge(run, text)
         assert run.desired() == {}
         assert run.desired() == {}
-    assert refused(run) == 3
+    assert refused(run) == 4
 
 
 def test_a_signed_wish_that_was_changed_does_nothing(run: RunDir) -> None:

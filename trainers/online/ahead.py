@@ -192,6 +192,10 @@ class Ahead:
         """How many groups of the oldest batch are in each state."""
         return self._batches[0].ledger.counts() if self._batches else {}
 
+    def unfinished(self) -> int:
+        """How many groups of the oldest batch no worker has finished."""
+        return sum(n for state, n in self.counts().items() if state in (GroupState.PENDING, GroupState.RUNNING))
+
     def trained(self) -> None:
         """The oldest batch is trained on."""
         batch = self._batches.popleft()

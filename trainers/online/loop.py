@@ -41,9 +41,6 @@ from .progress import Progress
 from .record import Record
 from .roles import Roles
 
-_QUEUED = ("pending", "running")
-"""States of groups that no worker has finished."""
-
 _LEARNING = ("reference", "values", "update", "publish")
 """Phases in which workers wait for the step's end, or would, if the next step did not overlap."""
 
@@ -283,7 +280,7 @@ class OnlineLoop:
         metrics |= time_metrics(self._phases.seconds, metrics.get("tokens", 0.0))
         metrics["version"] = float(self._weights.current.version)
         metrics["weights/bytes"] = float(self._weights.current.parcel.size)
-        metrics["queue/groups"] = float(sum(n for state, n in self._ahead.counts().items() if state in _QUEUED))
+        metrics["queue/groups"] = float(self._ahead.unfinished())
         metrics["restarts/rollout"], metrics["restarts/roles"] = float(self._pool.restarts), float(self.restarts)
         metrics["workers/rollout"], metrics["workers/reward"] = float(self._pool.size), float(self._roles.scorers.count)
         low, high = self.workers_seen
